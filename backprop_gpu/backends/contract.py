@@ -1,0 +1,417 @@
+"""The contract that every backend fulfils: five operations over arrays of its own, in one notation.
+
+    z = a_prev W + b,  a = σ(z)                      dense_forward
+    C, δ = ∂C/∂z at the output layer                 output_delta
+    δ = (δ_next W_nextᵀ) ⊙ σ′(z)                     dense_backward
+    dW = a_prevᵀ δ,  db = Σ_rows δ                   dense_gradients
+    parameters ← optimizer(parameters, gradients)    update
+
+and one more for inference, `output_forward`, which is the output layer's σ without a target. The public methods
+here check shapes and dtypes, find or allocate the outputs, and hand over to the backend's own `_operation`, which
+may rely on all of that. Every output is *overwritten* unless `accumulate` says otherwise. 1/N enters in
+`output_delta` and nowhere after it. No operation keeps state, and none draws random numbers but by `Dropout`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu import activations, losses, optimizers
+from backprop_gpu.activations import Activation
+from backprop_gpu.losses import Loss
+from backprop_gpu.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from backprop_gpu.architecture import Architecture
+    from backprop_gpu.data import Rows
+
+__all__ = ["AfterStep", "Array", "Backend", "Dropout", "Trainer", "TrainingJob"]
+
+Array: TypeAlias = Any
+"""An array of the backend's own kind: it has shape and dtype, is sliced with basic slices, and is C-contiguous."""
+
+AfterStep: TypeAlias = Callable[[int], bool]
+"""Called with the number of rows trained on since the last call; False asks the trainer to stop there."""
+
+
+class Dropout(NamedTuple):
+    """Which neurons of a layer are left out of a step: a function of these four numbers, so nothing is stored.
+
+    Neuron `column` of row `row` of the mini-batch is kept if word `column % 4` of
+    Philox4x32-10(counter=(column // 4, row, layer, step), key=seed) is at least ⌊rate · 2³²⌋ (Salmon et al., 2011).
+    A kept activation is divided by 1 − rate; one that is left out is 0, whatever it was.
+    """
+
+    rate: float
+    """Probability that a neuron is left out, in [0, 1)."""
+    seed: int
+    """Key of the generator, in [0, 2⁶⁴)."""
+    layer: int
+    """Index of the layer, from 0."""
+    step: int
+    """Number of the update step, from 0; its lower 32 bits count."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that a backend needs to take whole training steps by itself."""
+
+    architecture: Architecture
+    parameters: Array
+    """The flat vector, updated in place."""
+    optimizer: Optimizer
+    state: Mapping[str, Array]
+    """The optimizer's slots, updated in place."""
+    rows: Rows
+    """X: the training rows among others; a mini-batch is `rows.take(indices)`."""
+    target: npt.NDArray[Any]
+    sample_weight: npt.NDArray[Any] | None
+    batch_size: int
+    seed: int
+    """Key of the dropout masks."""
+    steps_before: int
+    """Updates that the network had before this run: dropout's step counts on from there, the optimizer's starts anew."""
+
+
+class Trainer(ABC):
+    """Whole training steps (forward, loss, backward, update) with every buffer allocated beforehand."""
+
+    @abstractmethod
+    def run(
+        self,
+        order: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> float:
+        """One update for each successive `batch_size` entries of `order`, the last batch taking what is left.
+
+        `learning_rates` has one rate per step, `first_step` is the number of updates made in this run before. Returns
+        Σ over the steps of (total sample weight of the mini-batch) · C; stops early when `after_step` returns False.
+        """
+
+
+class Backend(ABC):
+    """The operations of one backend; stateless, so one instance serves every network."""
+
+    name: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]]
+
+    # Arrays
+
+    @abstractmethod
+    def asarray(self, x: Any, dtype: str | None = None) -> Array:
+        """`x` as a C-contiguous array of this backend, copied only where it has to be."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array with unspecified contents."""
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array of zeros."""
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """`x` on the host; it may be `x` itself, so copy before changing it."""
+
+    @abstractmethod
+    def sum_squares(self, x: Array) -> Any:
+        """Σ x², accumulated in float64, as a scalar of this backend: the penalty ½ alpha Σ W² is made of it."""
+
+    # Operations
+
+    def dense_forward(
+        self,
+        a_prev: Array,
+        W: Array,
+        b: Array,
+        activation: str | Activation,
+        *,
+        dropout: Dropout | None = None,
+        a: Array | None = None,
+        z: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """a = σ(z), z = a_prev W + b, with dropout on a.
+
+        Parameters
+        ----------
+        a_prev : (N, n_in)
+        W : (n_in, n_out)
+        b : (n_out,)
+        activation : a row of `activations.ACTIVATIONS`, or its name
+        dropout : leaves neurons of a out; None in inference
+        a : (N, n_out), overwritten; allocated if None
+        z : (N, n_out), overwritten; if None, allocated only where σ′ needs it
+
+        Returns
+        -------
+        (a, kept), where `kept` is what `dense_backward` wants later: z, or a itself (after dropout) where σ′
+        is computed from it.
+        """
+        activation = activations.get(activation)
+        _check_layer(a_prev, W, b)
+        shape = (a_prev.shape[0], W.shape[1])
+        a = self._output("a", a, shape, a_prev)
+        if z is not None or activation.derivative_from == "z":
+            z = self._output("z", z, shape, a_prev)
+        self._dense_forward(a_prev, W, b, activation, dropout, a, z)
+        return a, z if activation.derivative_from == "z" else a
+
+    def output_forward(self, z: Array, output_activation: str, *, a: Array | None = None) -> Array:
+        """a = σ(z) at the output layer, where σ may also be softmax (over each row) or exp.
+
+        z : (N, n_out); a : (N, n_out), overwritten, allocated if None. Returns a.
+        """
+        _check_ndim("z", z, 2)
+        a = self._output("a", a, z.shape, z)
+        self._output_forward(z, output_activation, a)
+        return a
+
+    def output_delta(
+        self,
+        z: Array,
+        target: Array,
+        loss: str | Loss,
+        *,
+        output_activation: str | None = None,
+        sample_weight: Array | None = None,
+        delta: Array | None = None,
+    ) -> tuple[Any, Array]:
+        """C and δ = ∂C/∂z at the output layer.
+
+        Parameters
+        ----------
+        z : (N, n_out)
+        target : (N,) int32 labels, for cross_entropy only, or (N, n_out) of z's dtype
+        loss : a `Loss`, or the name of one
+        output_activation : σ of this layer; None is the loss's own
+        sample_weight : (N,) of z's dtype, at least 0; None is all ones
+        delta : (N, n_out), overwritten; allocated if None
+
+        Returns
+        -------
+        (C, delta), C = Σ w c / Σ w as a scalar of this backend, accumulated in float64; C = 0 and δ = 0 where all w are 0.
+        """
+        loss = losses.get(loss)
+        output_activation = losses.output_activation(loss, output_activation)
+        _check_ndim("z", z, 2)
+        _check_target(target, z, loss)
+        if sample_weight is not None:
+            _check_shape("sample_weight", sample_weight, (z.shape[0],))
+        delta = self._output("delta", delta, z.shape, z)
+        return self._output_delta(z, target, loss, output_activation, sample_weight, delta), delta
+
+    def dense_backward(
+        self,
+        delta_next: Array,
+        W_next: Array,
+        kept: Array,
+        activation: str | Activation,
+        *,
+        dropout: Dropout | None = None,
+        delta: Array | None = None,
+    ) -> Array:
+        """δ = (δ_next W_nextᵀ) ⊙ σ′(z), with the forward pass's dropout.
+
+        With activation "identity" this is ∂C/∂a of the layer below, so also ∂C/∂X.
+
+        delta_next : (N, n_next); W_next : (n_out, n_next); kept : (N, n_out) from `dense_forward`, as are activation
+        and dropout; delta : (N, n_out), overwritten, allocated if None. Returns delta.
+        """
+        activation = activations.get(activation)
+        _check_ndim("delta_next", delta_next, 2)
+        _check_ndim("W_next", W_next, 2)
+        if delta_next.shape[1] != W_next.shape[1]:
+            raise ValueError(
+                f"delta_next and W_next must agree in n_next, their last size; got {delta_next.shape} and {W_next.shape}"
+            )
+        shape = (delta_next.shape[0], W_next.shape[0])
+        _check_shape("kept", kept, shape)
+        _check_dtype(delta_next, W_next=W_next, kept=kept)
+        delta = self._output("delta", delta, shape, delta_next)
+        self._dense_backward(delta_next, W_next, kept, activation, dropout, delta)
+        return delta
+
+    def dense_gradients(
+        self,
+        a_prev: Array,
+        delta: Array,
+        *,
+        W: Array | None = None,
+        alpha: float = 0.0,
+        accumulate: bool = False,
+        dW: Array | None = None,
+        db: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """dW = a_prevᵀ δ (+ alpha W), db = Σ_rows δ.
+
+        Overwrites dW and db, or with `accumulate=True` adds to them (then both must be given).
+
+        a_prev : (N, n_in); delta : (N, n_out); W : (n_in, n_out), needed for alpha ≠ 0; dW : (n_in, n_out) and
+        db : (n_out,), allocated if None. Returns (dW, db).
+        """
+        _check_ndim("a_prev", a_prev, 2)
+        _check_ndim("delta", delta, 2)
+        if a_prev.shape[0] != delta.shape[0]:
+            raise ValueError(f"a_prev and delta must have the same rows; got {a_prev.shape} and {delta.shape}")
+        _check_dtype(a_prev, delta=delta)
+        if accumulate and (dW is None or db is None):
+            raise ValueError("accumulate=True adds to dW and db, so both must be given")
+        shape = (a_prev.shape[1], delta.shape[1])
+        if alpha:
+            _check_shape("W (which alpha multiplies)", W, shape)
+        dW = self._output("dW", dW, shape, a_prev)
+        db = self._output("db", db, shape[1:], a_prev)
+        self._dense_gradients(a_prev, delta, W, alpha, accumulate, dW, db)
+        return dW, db
+
+    def update(
+        self,
+        parameters: Array,
+        gradients: Array,
+        state: Mapping[str, Array],
+        optimizer: str | Optimizer,
+        *,
+        learning_rate: float,
+        step: int,
+        n_weights: int,
+    ) -> None:
+        """parameters ← optimizer(parameters, gradients, state): one pass, overwriting parameters and state.
+
+        Parameters
+        ----------
+        parameters, gradients : (n_parameters,); clipping may scale `gradients` in place
+        state : one (n_parameters,) vector for each of the optimizer's `slots`, zero before step 1
+        learning_rate : this step's; the optimizer's own setting is not read
+        step : number of this update, from 1
+        n_weights : the first n_weights parameters are weights, which weight decay touches; the rest are biases
+        """
+        optimizer = optimizers.get(optimizer)
+        _check_ndim("parameters", parameters, 1)
+        slots = {slot: state[slot] for slot in optimizer.slots}
+        for name, vector in {"gradients": gradients, **slots}.items():
+            _check_shape(name, vector, parameters.shape)
+        _check_dtype(parameters, gradients=gradients, **slots)
+        self._update(parameters, gradients, slots, optimizer, learning_rate, step, n_weights)
+
+    # Whole steps
+
+    def trainer(self, job: TrainingJob) -> Trainer | None:
+        """A trainer that takes whole steps, or None where this backend has none for the job.
+
+        Without one, the training loop composes the five operations, with the same numbers.
+        """
+        return None
+
+    # What a backend writes: arguments checked, outputs allocated
+
+    @abstractmethod
+    def _dense_forward(
+        self,
+        a_prev: Array,
+        W: Array,
+        b: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        a: Array,
+        z: Array | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _output_forward(self, z: Array, output_activation: str, a: Array) -> None: ...
+
+    @abstractmethod
+    def _output_delta(
+        self,
+        z: Array,
+        target: Array,
+        loss: Loss,
+        output_activation: str,
+        sample_weight: Array | None,
+        delta: Array,
+    ) -> Any: ...
+
+    @abstractmethod
+    def _dense_backward(
+        self,
+        delta_next: Array,
+        W_next: Array,
+        kept: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        delta: Array,
+    ) -> None: ...
+
+    @abstractmethod
+    def _dense_gradients(
+        self,
+        a_prev: Array,
+        delta: Array,
+        W: Array | None,
+        alpha: float,
+        accumulate: bool,
+        dW: Array,
+        db: Array,
+    ) -> None: ...
+
+    @abstractmethod
+    def _update(
+        self,
+        parameters: Array,
+        gradients: Array,
+        state: Mapping[str, Array],
+        optimizer: Optimizer,
+        learning_rate: float,
+        step: int,
+        n_weights: int,
+    ) -> None: ...
+
+    def _output(self, name: str, out: Array | None, shape: tuple[int, ...], like: Array) -> Array:
+        """The output given by the caller, checked, or a new one."""
+        if out is None:
+            return self.empty(shape, str(like.dtype))
+        _check_shape(name, out, shape)
+        _check_dtype(like, **{name: out})
+        return out
+
+
+def _check_ndim(name: str, x: Array, ndim: int) -> None:
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}; got shape {x.shape}")
+
+
+def _check_shape(name: str, x: Array | None, shape: tuple[int, ...]) -> None:
+    if x is None or tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {None if x is None else tuple(x.shape)}")
+
+
+def _check_dtype(like: Array, **others: Array) -> None:
+    for name, x in others.items():
+        if x.dtype != like.dtype:
+            raise TypeError(f"all arrays of one operation must share a dtype, here {like.dtype}; {name} is {x.dtype}")
+
+
+def _check_layer(a_prev: Array, W: Array, b: Array) -> None:
+    _check_ndim("a_prev", a_prev, 2)
+    _check_ndim("W", W, 2)
+    if a_prev.shape[1] != W.shape[0]:
+        raise ValueError(f"a_prev (N, n_in) and W (n_in, n_out) must agree in n_in; got {a_prev.shape} and {W.shape}")
+    _check_shape("b", b, (W.shape[1],))
+    _check_dtype(a_prev, W=W, b=b)
+
+
+def _check_target(target: Array, z: Array, loss: Loss) -> None:
+    if loss.name == "cross_entropy" and target.ndim == 1:
+        _check_shape("target", target, (z.shape[0],))
+        if target.dtype != np.int32:
+            raise TypeError(f"labels must be int32, or a (N, n_out) array of probabilities; got {target.dtype}")
+    else:
+        _check_shape("target", target, tuple(z.shape))
+        _check_dtype(z, target=target)

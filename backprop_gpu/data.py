@@ -1,0 +1,224 @@
+"""Taking data in: whatever holds numbers becomes rows to take mini-batches from, or a clear error before anything changes.
+
+Arrays are converted once; a memory map, or a SciPy sparse matrix, is converted mini-batch by mini-batch and never
+held dense as a whole. Everything is checked here, so the operations need not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu.losses import Loss
+
+__all__ = ["Rows", "as_rows", "as_sample_weight", "as_target", "require_two_classes"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+CHUNK = 1 << 20
+"""Entries looked at in one go when a whole data set is checked: 8 MB of float64."""
+
+
+class Rows(ABC):
+    """N rows of features, checked to be finite in `dtype`."""
+
+    shape: tuple[int, int]
+    dtype: str
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+        """These rows as a C-contiguous (n, n_features) array of `dtype`."""
+
+
+class DenseRows(Rows):
+    """Rows of an array, converted where they are taken: `x` has the dtype already, or is a memory map."""
+
+    def __init__(self, x: Array, dtype: str) -> None:
+        self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+        """These rows; a slice of an array that fits as it is comes back as a view."""
+        return np.ascontiguousarray(self.x[indices], self.dtype)
+
+
+class SparseRows(Rows):
+    """Rows of a SciPy CSR matrix, made dense where they are taken."""
+
+    def __init__(self, x: Any, dtype: str) -> None:
+        self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+        """These rows, dense."""
+        return np.ascontiguousarray(self.x[indices].toarray(), self.dtype)
+
+
+def as_rows(X: Any, n_features: int, dtype: str, name: str = "X") -> Rows:
+    """`X` as rows of `n_features` finite numbers.
+
+    X : (N, n_features) array, np.memmap, SciPy sparse matrix, DataFrame, or anything with __array__ or DLPack.
+    ValueError for a wrong shape, no rows, NaN, inf or numbers too large for `dtype`; TypeError for what is not numbers.
+    """
+    sparse = hasattr(X, "tocsr")
+    x = X.tocsr() if sparse else _as_numeric(X, name)
+    if sparse:
+        _require_numeric(x.dtype, name)
+    _require_matrix(x.shape, n_features, name)
+    if sparse:
+        _require_finite(x.data.reshape(-1, 1), dtype, f"{name}.data")
+        return SparseRows(x, dtype)
+    _require_finite(x, dtype, name)
+    return DenseRows(x if isinstance(x, np.memmap) else np.ascontiguousarray(x, dtype), dtype)
+
+
+def as_target(y: Any, loss: Loss, n_outputs: int, n_rows: int, dtype: str, name: str = "y") -> Array:
+    """`y` as the contract's target: (N,) int32 labels for cross_entropy, or (N, n_outputs) numbers of `dtype`."""
+    y = _as_numeric(y, name)
+    _require_length(y, n_rows, name)
+    if loss.name == "cross_entropy" and _is_column(y):
+        return _as_labels(y.reshape(-1), n_outputs, name)
+    if loss.name == "cross_entropy":
+        return _as_probability_rows(_as_columns(y, n_outputs, dtype, name), name)
+    values = _as_columns(y, n_outputs, dtype, name)
+    if loss.name == "binary_cross_entropy":
+        _require_between(values, 0, 1, f"{name} must be 0 or 1, or a probability between", name)
+    if loss.name == "poisson":
+        _require_between(values, 0, np.inf, f"{name} holds counts for the poisson loss, which cannot be negative", name)
+    return values
+
+
+def as_sample_weight(sample_weight: Any, n_rows: int, dtype: str) -> Array | None:
+    """(N,) weights of `dtype`, at least 0 and not all 0; None stays None."""
+    if sample_weight is None:
+        return None
+    w = _as_numeric(sample_weight, "sample_weight")
+    if w.shape != (n_rows,):
+        raise ValueError(f"sample_weight must have shape ({n_rows},), one weight a row; got {w.shape}")
+    _require_finite(w.reshape(-1, 1), dtype, "sample_weight")
+    if w.min() < 0 or w.max() == 0:
+        raise ValueError("sample_weight must be at least 0 everywhere and above 0 somewhere")
+    return w.astype(dtype)
+
+
+def require_two_classes(target: Array, loss: Loss) -> None:
+    """ValueError where a classifier would be trained on a single class."""
+    if loss.task != "classification" or (target.ndim == 2 and target.shape[1] > 1):
+        return
+    if (target == target.reshape(-1)[0]).all():
+        raise ValueError(
+            f"y holds a single class ({target.reshape(-1)[0]:g}); a classifier needs at least two to learn from"
+        )
+
+
+def _as_numeric(x: Any, name: str) -> Array:
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise ValueError(f"{name} has masked entries; fill them in first, e.g. {name}.filled(0)")
+    if hasattr(x, "tocsr"):
+        raise TypeError(f"{name} cannot be sparse; use {name}.toarray()")
+    try:
+        array = x if isinstance(x, np.memmap) else _to_numpy(x)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name} ({type(x).__name__}) cannot be read as an array of numbers: {error}") from error
+    _require_numeric(array.dtype, name)
+    return array
+
+
+def _to_numpy(x: Any) -> Array:
+    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+        return np.from_dlpack(x)
+    return np.asarray(x)
+
+
+def _require_numeric(dtype: np.dtype[Any], name: str) -> None:
+    if dtype.kind not in "biuf":
+        raise TypeError(
+            f"{name} must hold real numbers; got dtype {dtype} (encode text and categories as numbers first)"
+        )
+
+
+def _require_matrix(shape: tuple[int, ...], n_features: int, name: str) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"{name} must be 2-D, (rows, features); got shape {shape} (one row: {name}.reshape(1, -1))")
+    if shape[0] == 0:
+        raise ValueError(f"{name} is empty: it has shape {shape}")
+    if shape[1] != n_features:
+        raise ValueError(f"{name} must have {n_features} features, as the network has inputs; got shape {shape}")
+
+
+def _require_length(y: Array, n_rows: int, name: str) -> None:
+    if y.ndim not in (1, 2) or len(y) != n_rows:
+        raise ValueError(f"{name} must have one entry or row for each of the {n_rows} rows of X; got shape {y.shape}")
+
+
+def _is_column(y: Array) -> bool:
+    return y.ndim == 1 or y.shape[1] == 1
+
+
+def _as_labels(y: Array, n_classes: int, name: str) -> Array:
+    if y.dtype.kind == "f":
+        raise TypeError(
+            f"{name} must hold integer class labels for cross_entropy; got {y.dtype} "
+            f"(class numbers: {name}.astype(int); values to predict: loss='squared_error')"
+        )
+    bad = (y < 0) | (y >= n_classes)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{name} must hold labels 0 … {n_classes - 1}, one for each of the {n_classes} outputs; "
+            f"got {y[row]} at row {row}"
+        )
+    return y.astype(np.int32)
+
+
+def _as_columns(y: Array, n_outputs: int, dtype: str, name: str) -> Array:
+    if y.ndim == 1 and n_outputs == 1:
+        y = y.reshape(-1, 1)
+    if y.ndim != 2 or y.shape[1] != n_outputs:
+        raise ValueError(f"{name} must have {n_outputs} columns, as the network has outputs; got shape {y.shape}")
+    _require_finite(y, dtype, name)
+    return np.ascontiguousarray(y, dtype)
+
+
+def _as_probability_rows(y: Array, name: str) -> Array:
+    """Rows of probabilities, divided by their sum, so that ∂c/∂z is softmax(z) − t exactly."""
+    _require_between(y, 0, 1, f"{name} holds probability rows, which must be between", name)
+    totals = y.sum(axis=1, dtype=np.float64)
+    bad = np.abs(totals - 1) > 1e-3
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"each row of {name} must sum to 1, as probabilities do; row {row} sums to {totals[row]:g}")
+    return (y / totals[:, None]).astype(y.dtype)
+
+
+def _require_between(y: Array, low: float, high: float, rule: str, name: str) -> None:
+    bad = (y < low) | (y > high)
+    if bad.any():
+        row, column = (int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
+        bounds = f" {low} and {high}" if np.isfinite(high) else ""
+        raise ValueError(f"{rule}{bounds}; got {y[row, column]:g} at row {row}")
+
+
+def _require_finite(x: Array, dtype: str, name: str) -> None:
+    """Every entry of a matrix is finite, and stays so in `dtype`; looked at chunk by chunk."""
+    if x.dtype.kind != "f":
+        return
+    for start, block in _chunks(x):
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(block.astype(dtype, copy=False))
+        if bad.any():
+            row, column = (int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
+            value = block[row, column]
+            what = f"{value:g}, too large for {dtype}," if np.isfinite(value) else f"{value:g}"
+            raise ValueError(f"{name} must be finite; got {what} at row {start + row}, column {column}")
+
+
+def _chunks(x: Array) -> Iterator[tuple[int, Array]]:
+    rows = max(1, CHUNK // max(1, x.shape[1]))
+    for start in range(0, len(x), rows):
+        yield start, x[start : start + rows]
