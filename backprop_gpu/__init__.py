@@ -3,11 +3,12 @@
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.backends import backends, get_backend
 from backprop_gpu.gradcheck import gradcheck
+from backprop_gpu.history import DivergenceError, History
 from backprop_gpu.losses import AbsoluteError, BinaryCrossEntropy, CrossEntropy, Huber, Poisson, SquaredError
 from backprop_gpu.mlp import MLP, Backprop, load
 from backprop_gpu.optimizers import SGD, Adam, AdamW, RMSprop
 from backprop_gpu.schedules import Constant, Cosine, ExponentialDecay, InverseScaling, StepDecay
-from backprop_gpu.training import DivergenceError, EarlyStopping, History
+from backprop_gpu.training import EarlyStopping
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What a network is, without its numbers: layer sizes, activations, loss, dropout, penalty, and the parameters' layout."""
+"""What a network is, without its numbers: layer sizes, activations, loss, dropout, penalty, the parameters' layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from operator import index
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from backprop_gpu import activations, losses
 from backprop_gpu.activations import Activation
@@ -92,6 +95,20 @@ class Architecture:
             b.append(flat[start : start + n_out])
             start += n_out
         return tuple(W), tuple(b)
+
+    def tensors(self, flat: Any) -> dict[str, Any]:
+        """A flat vector of this layout as the named tensors of a model file: W.0, W.1, …, b.0, b.1, …."""
+        W, b = self.views(flat)
+        return {f"W.{layer}": x for layer, x in enumerate(W)} | {f"b.{layer}": x for layer, x in enumerate(b)}
+
+    def flatten(self, tensors: Mapping[str, Any]) -> npt.NDArray[Any]:
+        """The flat vector out of a model file's tensors; ValueError or KeyError where they are not of this layout."""
+        shapes: dict[str, tuple[int, ...]] = {f"W.{i}": shape for i, shape in enumerate(pairwise(self.layer_sizes))}
+        shapes |= {f"b.{i}": (n_out,) for i, n_out in enumerate(self.layer_sizes[1:])}
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"tensor {name} has shape {tensors[name].shape}, the layer sizes say {shape}")
+        return np.concatenate([tensors[name].ravel() for name in shapes])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the metadata of a model file."""

@@ -1,4 +1,4 @@
-"""Taking data in: whatever holds numbers becomes rows to take mini-batches from, or a clear error before anything changes.
+"""Taking data in: whatever holds numbers becomes rows to take mini-batches from, or a clear error comes first.
 
 Arrays are converted once; a memory map, or a SciPy sparse matrix, is converted mini-batch by mini-batch and never
 held dense as a whole. Everything is checked here, so the operations need not.
@@ -17,7 +17,7 @@ from backprop_gpu.losses import Loss
 
 __all__ = ["Rows", "as_rows", "as_sample_weight", "as_target", "require_two_classes"]
 
-Array: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = Any
 
 CHUNK = 1 << 20
 """Entries looked at in one go when a whole data set is checked: 8 MB of float64."""
@@ -33,7 +33,7 @@ class Rows(ABC):
         return self.shape[0]
 
     @abstractmethod
-    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows as a C-contiguous (n, n_features) array of `dtype`."""
 
 
@@ -43,7 +43,7 @@ class DenseRows(Rows):
     def __init__(self, x: Array, dtype: str) -> None:
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
 
-    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows; a slice of an array that fits as it is comes back as a view."""
         return np.ascontiguousarray(self.x[indices], self.dtype)
 
@@ -54,7 +54,7 @@ class SparseRows(Rows):
     def __init__(self, x: Any, dtype: str) -> None:
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
 
-    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows, dense."""
         return np.ascontiguousarray(self.x[indices].toarray(), self.dtype)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.losses import Huber
 from backprop_gpu.mlp import MLP
 
@@ -103,10 +105,10 @@ def gradcheck(
     grads = net.backprop(X, y, sample_weight=sample_weight, dropout_step=dropout_step)
     rng = np.random.default_rng(seed)
     layers = []
-    for l in range(net.architecture.n_layers):  # noqa: E741 (the formulas' l)
+    for layer in range(net.architecture.n_layers):
         dW, db = (
             _check_array(cost, net.ops.to_numpy(gradient), offset, max_entries, rng)
-            for gradient, offset in zip((grads.dW[l], grads.db[l]), _offsets(net, l), strict=True)
+            for gradient, offset in zip((grads.dW[layer], grads.db[layer]), _offsets(net, layer), strict=True)
         )
         layers.append(LayerCheck(dW[0], db[0], dW[1] + db[1], dW[2] + db[2]))
     return GradCheck(tuple(layers))
@@ -122,7 +124,7 @@ class _Cost:
         self.weight = None if w is None else net.ops.asarray(w)
         self.origin = np.array(net.ops.to_numpy(net.parameters))
         activations = net.architecture.activations
-        self.kinked = [l for l, activation in enumerate(activations) if activation.has_kink]
+        self.kinked = [layer for layer, activation in enumerate(activations) if activation.has_kink]
         self.output_kinked = net.architecture.loss.has_kink or _output_has_kink(net)
         self.step = KINK_STEP if self.kinked or self.output_kinked else SMOOTH_STEP
 
@@ -134,7 +136,7 @@ class _Cost:
         cost, _ = net.ops.output_delta(
             z, self.target, arch.loss, output_activation=arch.output_activation, sample_weight=self.weight
         )
-        sides = [net.ops.to_numpy(forward.z[l]) > 0 for l in self.kinked]
+        sides = [net.ops.to_numpy(forward.z[layer]) > 0 for layer in self.kinked]
         if self.output_kinked:
             sides += self._output_sides(z)
         return float(cost) + net._penalty(), sides
@@ -157,8 +159,6 @@ class _Cost:
 
 
 def _output_has_kink(net: MLP) -> bool:
-    from backprop_gpu.activations import ACTIVATIONS
-
     activation = ACTIVATIONS.get(net.architecture.output_activation)
     return activation is not None and activation.has_kink
 
@@ -166,7 +166,7 @@ def _output_has_kink(net: MLP) -> bool:
 def _offsets(net: MLP, layer: int) -> tuple[int, int]:
     """Where W[layer] and b[layer] start in the flat vector."""
     sizes = net.architecture.layer_sizes
-    W = sum(n_in * n_out for n_in, n_out in zip(sizes[:layer], sizes[1 : layer + 1], strict=True))
+    W = sum(n_in * n_out for n_in, n_out in pairwise(sizes[: layer + 1]))
     return W, net.architecture.n_weights + sum(sizes[1 : layer + 1])
 
 

@@ -91,7 +91,7 @@ class AbsoluteError(Loss):
 
 @dataclass(frozen=True)
 class Huber(Loss):
-    """Squared up to `threshold` = t > 0 and linear beyond: with e = a − y and m = min(|e|, t), c = Σₖ ½ m² + t(|e| − m).
+    """Squared up to `threshold` = t > 0, linear beyond: with e = a − y and m = min(|e|, t), c = Σₖ ½ m² + t(|e| − m).
 
     ∂c/∂a = clip(e, −t, t). (Huber's δ is called `threshold`: here `delta` is only ever ∂C/∂z.)
     """

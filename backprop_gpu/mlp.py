@@ -7,9 +7,9 @@ backward, l = L … 1      dW = a_prevᵀ δ,   db = Σ_rows δ,   δ_prev = (δ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +22,12 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import select
 from backprop_gpu.backends.contract import Array, Dropout
 from backprop_gpu.data import Rows
+from backprop_gpu.history import History
 from backprop_gpu.losses import Loss
 from backprop_gpu.names import lookup
 from backprop_gpu.optimizers import Optimizer
 from backprop_gpu.storage import PathLike
-from backprop_gpu.training import EarlyStopping, History, Stream
+from backprop_gpu.training import EarlyStopping, Stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -451,14 +452,16 @@ class MLP:
         if outputs.ndim == 1:
             return outputs
         if self.architecture.loss.name == "cross_entropy":
-            return outputs.argmax(axis=1)
-        values = (outputs > 0.5).astype(np.int64) if self.architecture.loss.task == "classification" else outputs
+            winners: npt.NDArray[Any] = outputs.argmax(axis=1)
+            return winners
+        yes_or_no = self.architecture.loss.task == "classification"
+        values: npt.NDArray[Any] = (outputs > 0.5).astype(np.int64) if yes_or_no else outputs
         return values[:, 0] if values.shape[1] == 1 else values
 
     # Copies and files
 
     def copy(self, *, dtype: str | None = None, backend: str | None = None) -> MLP:
-        """A network of its own with the same parameters and random state, of another dtype or on another backend if given."""
+        """A network of its own with the same parameters and random state, of another dtype or on another backend."""
         new = MLP.__new__(MLP)
         new._setup(self.architecture, dtype or self.dtype, backend or self.backend, self.seed)
         new.rng.bit_generator.state = self.rng.bit_generator.state
@@ -483,15 +486,11 @@ class MLP:
 
         The file is replaced in one step, or left as it was on an OSError (a full disk, a path that is not writable).
         """
-        storage.write(path, self._tensors(), self._description())
+        storage.write(path, *self._as_file())
 
-    def _tensors(self) -> dict[str, npt.NDArray[Any]]:
-        to_numpy = self.ops.to_numpy
-        weights = {f"W.{layer}": to_numpy(W) for layer, W in enumerate(self._W)}
-        return {**weights, **{f"b.{layer}": to_numpy(b) for layer, b in enumerate(self._b)}}
-
-    def _description(self) -> dict[str, Any]:
-        return {
+    def _as_file(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """The tensors and the metadata of a model file."""
+        description = {
             "architecture": self.architecture.to_dict(),
             "dtype": self.dtype,
             "seed": self.seed,
@@ -499,6 +498,7 @@ class MLP:
             "steps_taken": self.steps_taken,
             "notes": self.metadata,
         }
+        return self.architecture.tensors(self.ops.to_numpy(self._parameters)), description
 
     # Pictures
 
@@ -526,7 +526,7 @@ def load(path: PathLike, *, backend: str = "auto") -> MLP:
 
 def _from_file(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, Any], backend: str) -> MLP:
     architecture = Architecture.from_dict(metadata["architecture"])
-    flat = _flat_parameters(tensors, architecture)
+    flat = architecture.flatten(tensors)
     net = MLP.__new__(MLP)
     net._setup(architecture, metadata["dtype"], backend, _seed(metadata["seed"]))
     net.rng.bit_generator.state = metadata["rng"]
@@ -534,17 +534,6 @@ def _from_file(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, Any], b
     net.metadata = dict(metadata["notes"])
     net._bind(net.ops.asarray(flat, net._array_dtype))
     return net
-
-
-def _flat_parameters(tensors: dict[str, npt.NDArray[Any]], architecture: Architecture) -> npt.NDArray[Any]:
-    """The parameters' vector out of a file's tensors, whose shapes must be the architecture's."""
-    sizes = list(pairwise(architecture.layer_sizes))
-    shapes: dict[str, tuple[int, ...]] = {f"W.{layer}": shape for layer, shape in enumerate(sizes)}
-    shapes |= {f"b.{layer}": shape[1:] for layer, shape in enumerate(sizes)}
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"tensor {name} has shape {tensors[name].shape}, its layer sizes say {shape}")
-    return np.concatenate([tensors[name].ravel() for name in shapes])
 
 
 def _chunks(n_rows: int) -> list[slice]:
@@ -583,12 +572,12 @@ def _seed(seed: int | None) -> int:
 
 def _glorot(n_in: int, n_out: int) -> float:
     """Variance 2 / (n_in + n_out) (Glorot & Bengio, 2010)."""
-    return (6.0 / (n_in + n_out)) ** 0.5
+    return math.sqrt(6 / (n_in + n_out))
 
 
 def _he(n_in: int, n_out: int) -> float:
     """Variance 2 / n_in (He et al., 2015)."""
-    return (6.0 / n_in) ** 0.5
+    return math.sqrt(6 / n_in)
 
 
 _BOUNDS = {"glorot": _glorot, "he": _he}

@@ -24,7 +24,7 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A learning rate as a function of the step; `initial` is its value at step 0 (after warm-up, where there is one)."""
+    """A learning rate as a function of the step; `initial` is where it starts, after warm-up if there is one."""
 
     initial: float
 
@@ -95,7 +95,7 @@ class InverseScaling(Schedule):
 
     def rates(self, steps: npt.NDArray[np.int64]) -> Floats:
         """The rate of each of these steps."""
-        return self.initial / (steps + 1.0) ** self.power
+        return self.initial / np.power(steps + 1.0, self.power)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class Cosine(Schedule):
         warmup = self.initial * (steps + 1) / max(self.warmup_steps, 1)
         part = np.minimum((steps - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
         decay = self.final + 0.5 * (self.initial - self.final) * (1 + np.cos(np.pi * part))
-        return np.where(steps < self.warmup_steps, warmup, decay)
+        rates: Floats = np.where(steps < self.warmup_steps, warmup, decay)
+        return rates
 
 
 def get(learning_rate: float | Schedule) -> Schedule:

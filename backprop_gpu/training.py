@@ -1,56 +1,47 @@
-"""The training loop: mini-batches, epochs, validation, early stopping, history, callbacks, checkpoints.
+"""The training loop: mini-batches, epochs, validation, early stopping, callbacks, checkpoints.
 
 It knows a network only by what it needs of one, and a backend only by its contract, so `mlp` can build on it.
 """
 
 from __future__ import annotations
 
-import json
-import signal
+import math
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from operator import index
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from backprop_gpu import data, optimizers, storage
+from backprop_gpu import checkpoint as checkpoints
+from backprop_gpu import data, optimizers
 from backprop_gpu.backends.contract import AfterStep, Array, Trainer, TrainingJob
+from backprop_gpu.checkpoint import Checkpoint, checksum
 from backprop_gpu.data import Rows
+from backprop_gpu.history import DivergenceError, History
 from backprop_gpu.names import unknown
 from backprop_gpu.optimizers import Optimizer
+from backprop_gpu.progress import ProgressBar, interrupt_noted
 from backprop_gpu.schedules import Schedule
 from backprop_gpu.storage import PathLike
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from backprop_gpu.mlp import MLP
 
-__all__ = ["BATCH_SIZE", "DivergenceError", "EarlyStopping", "History", "Stream", "fit", "partial_fit"]
+__all__ = ["BATCH_SIZE", "EarlyStopping", "Stream", "fit", "partial_fit"]
 
 BATCH_SIZE = 128
 """Rows per update where the caller names none."""
 
-Indices = npt.NDArray[np.int64]
-Callback = Callable[["MLP", "History"], object]
+HIGHER_IS_BETTER = ("val_accuracy", "val_r2")
+"""The metrics that early stopping wants large."""
 
-
-class DivergenceError(ArithmeticError):
-    """The loss is no longer finite; the network has the last parameters with which it was.
-
-    `history` holds the epochs before.
-    """
-
-    def __init__(self, message: str, history: History | None = None) -> None:
-        super().__init__(message)
-        self.history = history
+Indices: TypeAlias = npt.NDArray[np.int64]
+Callback: TypeAlias = Callable[["MLP", History], object]
 
 
 @dataclass(frozen=True)
@@ -73,56 +64,15 @@ class EarlyStopping:
 
 
 @dataclass
-class History:
-    """What happened in a training run. ``history["val_loss"]`` is a list with one number per completed epoch."""
-
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    """loss (the mean over the epoch's mini-batches, as differentiated), learning_rate (at the epoch's end), and with
-    validation data val_loss and val_accuracy or val_r2."""
-    stopped: str = ""
-    """Why the run ended: "epochs", "early stopping", "callback" or "interrupted"."""
-    best_epoch: int | None = None
-    """Index of the epoch whose parameters early stopping kept."""
-    seconds: list[float] = field(default_factory=list, compare=False)
-    """Time of each epoch's updates, validation apart."""
-    rows: int = 0
-    """Training rows in an epoch."""
-
-    def __getitem__(self, metric: str) -> list[float]:
-        if metric not in self.metrics:
-            raise KeyError(str(unknown("metric", metric, self.metrics)))
-        return self.metrics[metric]
-
-    def __len__(self) -> int:
-        """Completed epochs."""
-        return len(self.seconds)
-
-    @property
-    def rows_per_second(self) -> float:
-        """Training rows per second of updates, over all epochs; NaN before the first."""
-        return self.rows * len(self) / sum(self.seconds) if self.seconds else float("nan")
-
-    def record(self, metrics: dict[str, float], seconds: float) -> None:
-        """Add one epoch."""
-        for name, value in metrics.items():
-            self.metrics.setdefault(name, []).append(value)
-        self.seconds.append(seconds)
-
-    def plot(self) -> Figure:
-        """The curves of loss and score over the epochs; needs the `plot` extra. See `plotting.plot_history`."""
-        from backprop_gpu.plotting import plot_history
-
-        return plot_history(self)
-
-
-@dataclass
 class Stream:
     """An optimizer in the middle of a stream of `partial_fit` calls."""
 
     optimizer: Optimizer
     state: dict[str, Array]
     steps_before: int
+    """Updates that the network had before the stream."""
     steps: int = 0
+    """Updates of the stream so far."""
 
 
 # Whole steps out of the five operations, for a backend that has no trainer of its own
@@ -205,9 +155,10 @@ def fit(
     shuffle: bool,
     progress: bool | None,
 ) -> History:
-    """`MLP.fit`, whose documentation this is under. Everything is checked before anything changes."""
-    _at_least_one("epochs", epochs)
+    """`MLP.fit`, where it is documented. Everything is checked before anything changes."""
+    epochs = _at_least_one("epochs", epochs)
     optimizer = optimizers.get(optimizer)
+    callbacks = _callables(callbacks)
     rows, target, w = net._take_in(X, y, sample_weight)
     data.require_two_classes(target, net.architecture.loss)
     validation = _take_validation(net, validation_data)
@@ -215,7 +166,7 @@ def fit(
     n_train = len(rows) - n_held_out
     batch_size = _batch_size(batch_size, n_train)
     stopping = _stopping(early_stopping, net, n_held_out > 0 or validation is not None)
-    schedule = optimizer.schedule.for_run(epochs * -(-n_train // batch_size))
+    schedule = optimizer.schedule.for_run(epochs * _n_steps(n_train, batch_size))
     key = {
         "architecture": net.architecture.to_dict(),
         "dtype": net.dtype,
@@ -224,53 +175,27 @@ def fit(
         "batch_size": batch_size,
         "shuffle": shuffle,
         "early_stopping": stopping and asdict(stopping),
-        "data": [list(rows.shape), _checksum(rows.take(slice(0, 1)), target, w)],
-        "validation": n_held_out if validation is None else [len(validation[0]), _checksum(*validation[1:])],
+        "data": [*rows.shape, checksum(rows.take(slice(0, 1)), target, w)],
+        "validation": n_held_out if validation is None else [len(validation[0]), checksum(*validation[1:])],
     }
-    saved = None if checkpoint is None else _read_checkpoint(Path(checkpoint), key, net, optimizer)
+    saved = None if checkpoint is None else checkpoints.read(checkpoint, key, net.architecture, optimizer.slots)
 
-    start_rng = net.rng.bit_generator.state if saved is None else saved.training["start_rng"]
-    net.rng.bit_generator.state = start_rng
+    rng = np.random.default_rng()
+    rng.bit_generator.state = start_rng = net.rng.bit_generator.state if saved is None else saved.start_rng
     train = np.arange(len(rows))
     if n_held_out:
-        held_out, train = np.split(net.rng.permutation(len(rows)), [n_held_out])
-        train.sort()
+        held_out, train = (np.sort(part) for part in np.split(rng.permutation(len(rows)), [n_held_out]))
         validation = (_Taken(rows, held_out), target[held_out], None if w is None else w[held_out])
-    run = _Run(
-        net=net,
-        job=TrainingJob(
-            architecture=net.architecture,
-            parameters=net.parameters,
-            optimizer=optimizer,
-            state=_zero_state(net, optimizer),
-            rows=rows,
-            target=target,
-            sample_weight=w,
-            batch_size=batch_size,
-            seed=net.seed,
-            steps_before=net.steps_taken,
-        ),
-        train=train,
-        schedule=schedule,
-        validation=validation,
-        stopping=stopping,
-        shuffle=shuffle,
-        history=History(rows=n_train),
-    )
+    if w is not None and not w[train].any():
+        raise ValueError("every training row has sample_weight 0; hold out fewer rows, or weigh them otherwise")
+
+    net.rng.bit_generator.state = rng.bit_generator.state
+    job = _job(net, optimizer, (rows, target, w), batch_size, net.steps_taken if saved is None else saved.steps_before)
+    run = _Run(net, job, train, schedule, shuffle, validation, stopping, History(rows=n_train))
     if saved is not None:
         run.restore(saved)
-    save = None if checkpoint is None else lambda: _write_checkpoint(checkpoint, run, key, start_rng)
-    return run.until(epochs, tuple(callbacks), save, progress)
-
-
-@dataclass
-class _Saved:
-    """A checkpoint that belongs to the run at hand."""
-
-    tensors: dict[str, npt.NDArray[Any]]
-    parameters: npt.NDArray[Any]
-    description: dict[str, Any]
-    training: dict[str, Any]
+    save = None if checkpoint is None else partial(run.save, checkpoint, key, start_rng)
+    return run.until(epochs, callbacks, save, progress)
 
 
 @dataclass
@@ -281,23 +206,17 @@ class _Run:
     job: TrainingJob
     train: Indices
     schedule: Schedule
+    shuffle: bool
     validation: tuple[Rows, Any, Any] | None
     stopping: EarlyStopping | None
-    shuffle: bool
     history: History
     step: int = 0
     best: npt.NDArray[Any] | None = None
-    best_value: float = float("inf")
-
-    HIGHER_IS_BETTER: ClassVar[tuple[str, ...]] = ("val_accuracy", "val_r2")
+    best_value: float = math.inf
 
     def __post_init__(self) -> None:
         self.trainer = _trainer(self.net, self.job)
-        self.n_steps = -(-len(self.train) // self.job.batch_size)
-        w = self.job.sample_weight
-        self.train_weight = len(self.train) if w is None else float(w[self.train].sum(dtype=np.float64))
-        if self.train_weight == 0:
-            raise ValueError("the training rows all have sample_weight 0; hold out fewer rows or weigh them otherwise")
+        self.n_steps = _n_steps(len(self.train), self.job.batch_size)
 
     def until(
         self,
@@ -306,26 +225,31 @@ class _Run:
         save: Callable[[], None] | None,
         progress: bool | None,
     ) -> History:
-        """Train until one of the reasons to stop; with early stopping, put the best parameters back."""
-        with _interrupt_noted() as interrupted, _ProgressBar(epochs, self, progress) as bar:
+        """Train until there is a reason to stop; with early stopping, put the best parameters back."""
+        with interrupt_noted() as interrupted, ProgressBar(epochs, self.history, progress) as bar:
+            self.history.stopped = self._reason_to_stop(epochs)
             while not self.history.stopped:
-                if len(self.history) >= epochs:
-                    self.history.stopped = "epochs"
-                elif self._waited() >= (self.stopping.patience if self.stopping else float("inf")):
-                    self.history.stopped = "early stopping"
-                elif not self._epoch(bar, interrupted):
+                if not self._epoch(bar, interrupted):
                     self.history.stopped = "interrupted"
-                else:
-                    if save is not None:
-                        save()
-                    bar.epoch_done(self.history)
-                    if any([callback(self.net, self.history) is True for callback in callbacks]):
-                        self.history.stopped = "callback"
+                    break
+                if save is not None:
+                    save()
+                bar.show(self.history)
+                answers = [callback(self.net, self.history) for callback in callbacks]
+                self.history.stopped = "callback" if True in answers else self._reason_to_stop(epochs)
         if self.best is not None:
             self._set_parameters(self.best)
         return self.history
 
-    def _epoch(self, bar: _ProgressBar, interrupted: threading.Event) -> bool:
+    def _reason_to_stop(self, epochs: int) -> str:
+        if len(self.history) >= epochs:
+            return "epochs"
+        best = self.history.best_epoch
+        if self.stopping and best is not None and len(self.history) - 1 - best >= self.stopping.patience:
+            return "early stopping"
+        return ""
+
+    def _epoch(self, bar: ProgressBar, interrupted: threading.Event) -> bool:
         """One pass over the training rows; False if it was interrupted on the way."""
         before = self._parameters()
         order = self.net.rng.permutation(self.train) if self.shuffle else self.train
@@ -340,19 +264,16 @@ class _Run:
 
         start = time.perf_counter()
         total = self.trainer.run(order, rates, self.step, after_step)
-        parameters_finite = bool(np.isfinite(self.net.ops.sum_squares(self.net.parameters)))
         seconds = time.perf_counter() - start
-        if not (np.isfinite(total) and parameters_finite):
+        if not _finite(self.net, total):
             self._set_parameters(before)
-            raise _divergence(total, f"in epoch {len(self.history) + 1}", self.history)
-        self.step += -(-rows_done // self.job.batch_size)
+            raise DivergenceError(total, f"in epoch {len(self.history) + 1}", self.history)
+        self.step += _n_steps(rows_done, self.job.batch_size)
         self.net.steps_taken = self.job.steps_before + self.step
         if rows_done < len(order):
             return False
-        self.history.record(
-            {"loss": total / self.train_weight, "learning_rate": float(rates[-1]), **self._validate()},
-            seconds,
-        )
+        loss = total / _total_weight(self.job.sample_weight, self.train)
+        self.history.record({"loss": loss, "learning_rate": float(rates[-1]), **self._validate()}, seconds)
         self._keep_best()
         return True
 
@@ -364,16 +285,11 @@ class _Run:
     def _keep_best(self) -> None:
         if self.stopping is None:
             return
-        value = self.history[str(self.stopping.monitor)][-1]
-        value = -value if self.stopping.monitor in self.HIGHER_IS_BETTER else value
-        if value < self.best_value - self.stopping.min_delta or self.best is None:
+        monitor = str(self.stopping.monitor)
+        value = self.history[monitor][-1] * (-1 if monitor in HIGHER_IS_BETTER else 1)
+        if self.best is None or value < self.best_value - self.stopping.min_delta:
             self.best_value, self.best = value, self._parameters()
             self.history.best_epoch = len(self.history) - 1
-
-    def _waited(self) -> int:
-        """Epochs since the best one."""
-        best = self.history.best_epoch
-        return 0 if best is None else len(self.history) - 1 - best
 
     def _parameters(self) -> npt.NDArray[Any]:
         return np.array(self.net.ops.to_numpy(self.net.parameters))
@@ -381,19 +297,73 @@ class _Run:
     def _set_parameters(self, values: npt.NDArray[Any]) -> None:
         self.net.parameters[...] = self.net.ops.asarray(values)
 
-    def restore(self, saved: _Saved) -> None:
-        """Go on where the run that wrote the checkpoint was."""
-        net, training = self.net, saved.training
-        self._set_parameters(saved.parameters)
+    def save(self, path: PathLike, key: dict[str, Any], start_rng: Any) -> None:
+        """Write the checkpoint of this moment."""
+        checkpoint = Checkpoint(
+            key=key,
+            parameters=self._parameters(),
+            state={slot: self.net.ops.to_numpy(vector) for slot, vector in self.job.state.items()},
+            best=self.best,
+            best_value=self.best_value,
+            history=self.history,
+            step=self.step,
+            steps_before=self.job.steps_before,
+            start_rng=start_rng,
+            rng=dict(self.net.rng.bit_generator.state),
+        )
+        checkpoints.write(path, checkpoint, self.net._as_file())
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from where the run that wrote the checkpoint was."""
         for slot, vector in self.job.state.items():
-            vector[...] = net.ops.asarray(saved.tensors[f"optimizer.{slot}"])
-        net.rng.bit_generator.state = saved.description["rng"]
-        net.steps_taken = saved.description["steps_taken"]
-        self.job = self.job.__class__(**{**self.job.__dict__, "steps_before": training["steps_before"]})
-        self.trainer = _trainer(net, self.job)
-        self.step = training["step"]
-        self.best, self.best_value = saved.tensors.get("best"), training["best_value"]
-        self.history = History(**training["history"])
+            vector[...] = self.net.ops.asarray(saved.state[slot])
+        self._set_parameters(saved.parameters)
+        self.net.rng.bit_generator.state = saved.rng
+        self.net.steps_taken = saved.steps_before + saved.step
+        self.step, self.history = saved.step, saved.history
+        self.best, self.best_value = saved.best, saved.best_value
+
+
+def _job(
+    net: MLP,
+    optimizer: Optimizer,
+    taken: tuple[Rows, Any, Any],
+    batch_size: int,
+    steps_before: int,
+    state: dict[str, Array] | None = None,
+) -> TrainingJob:
+    rows, target, w = taken
+    return TrainingJob(
+        architecture=net.architecture,
+        parameters=net.parameters,
+        optimizer=optimizer,
+        state=_zero_state(net, optimizer) if state is None else state,
+        rows=rows,
+        target=target,
+        sample_weight=w,
+        batch_size=batch_size,
+        seed=net.seed,
+        steps_before=steps_before,
+    )
+
+
+def _n_steps(n_rows: int, batch_size: int) -> int:
+    """Mini-batches in so many rows: the last one may be smaller."""
+    return -(-n_rows // batch_size)
+
+
+def _finite(net: MLP, total: float) -> bool:
+    return bool(np.isfinite(total) and np.isfinite(net.ops.sum_squares(net.parameters)))
+
+
+def _total_weight(w: npt.NDArray[Any] | None, indices: Indices) -> float:
+    return len(indices) if w is None else float(w[indices].sum(dtype=np.float64))
+
+
+def _callables(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError("callbacks must be a list of functions of (net, history)")
+    return tuple(callbacks)
 
 
 def _at_least_one(name: str, value: int) -> int:
@@ -455,21 +425,13 @@ class _Taken(Rows):
         return self.rows.take(self.indices[indices])
 
 
-def _divergence(loss: float, where: str, history: History | None) -> DivergenceError:
-    return DivergenceError(
-        f"training diverged: the loss is {loss:g} {where}; the last finite parameters were kept "
-        "(try a smaller learning_rate, clip_norm=1.0, or inputs scaled to about mean 0 and variance 1)",
-        history,
-    )
-
-
 # partial_fit
 
 
 def partial_fit(
     net: MLP, X: Any, y: Any, *, batch_size: int | None, optimizer: str | Optimizer, sample_weight: Any
 ) -> float:
-    """`MLP.partial_fit`, whose documentation this is under."""
+    """`MLP.partial_fit`, where it is documented."""
     optimizer = optimizers.get(optimizer)
     rows, target, w = net._take_in(X, y, sample_weight)
     batch_size = _batch_size(batch_size, len(rows))
@@ -477,133 +439,15 @@ def partial_fit(
     stream = net.stream
     if stream is None or type(stream.optimizer) is not type(optimizer):
         stream = Stream(optimizer, _zero_state(net, optimizer), net.steps_taken)
-    job = TrainingJob(
-        architecture=net.architecture,
-        parameters=net.parameters,
-        optimizer=optimizer,
-        state=stream.state,
-        rows=rows,
-        target=target,
-        sample_weight=w,
-        batch_size=batch_size,
-        seed=net.seed,
-        steps_before=stream.steps_before,
-    )
-    n_steps = -(-len(rows) // batch_size)
+    job = _job(net, optimizer, (rows, target, w), batch_size, stream.steps_before, stream.state)
+    order = np.arange(len(rows))
+    steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
     before = [np.array(net.ops.to_numpy(x)) for x in (net.parameters, *stream.state.values())]
-    rates = schedule.rates(np.arange(stream.steps, stream.steps + n_steps))
-    total = _trainer(net, job).run(np.arange(len(rows)), rates, stream.steps, lambda _: True)
-    if not (np.isfinite(total) and np.isfinite(net.ops.sum_squares(net.parameters))):
+    total = _trainer(net, job).run(order, schedule.rates(steps), stream.steps, lambda _: True)
+    if not _finite(net, total):
         for x, values in zip((net.parameters, *stream.state.values()), before, strict=True):
             x[...] = net.ops.asarray(values)
-        raise _divergence(total, "on these rows", None)
-    stream.optimizer, stream.steps = optimizer, stream.steps + n_steps
-    net.stream, net.steps_taken = stream, stream.steps_before + stream.steps
-    return total / (len(rows) if w is None else float(w.sum(dtype=np.float64)))
-
-
-# Checkpoints
-
-
-def _write_checkpoint(path: PathLike, run: _Run, key: dict[str, Any], start_rng: Any) -> None:
-    """A model file with the rest of the run in it, so that `load` reads it too."""
-    to_numpy = run.net.ops.to_numpy
-    tensors = run.net._tensors() | {f"optimizer.{slot}": to_numpy(x) for slot, x in run.job.state.items()}
-    if run.best is not None:
-        tensors["best"] = run.best
-    training = {
-        "key": key,
-        "start_rng": start_rng,
-        "steps_before": run.job.steps_before,
-        "step": run.step,
-        "best_value": run.best_value,
-        "history": asdict(run.history),
-    }
-    storage.write(path, tensors, run.net._description() | {"training": training})
-
-
-def _read_checkpoint(path: Path, key: dict[str, Any], net: MLP, optimizer: Optimizer) -> _Saved | None:
-    """The checkpoint to go on from, or None where there is none yet; ValueError if it is another run's."""
-    from backprop_gpu.mlp import _flat_parameters
-
-    storage.require_writable(path)
-    if not path.exists():
-        return None
-    tensors, description = storage.read(path)
-    training = description.pop("training", None)
-    if training is None:
-        raise ValueError(f"{path} holds a model without a training run to resume; name another file for the checkpoint")
-    ours, theirs = json.loads(json.dumps(key)), training["key"]
-    changed = [name for name in ours if ours[name] != theirs.get(name)]
-    if changed:
-        raise ValueError(
-            f"{path} is the checkpoint of a run with another {', '.join(changed)} "
-            f"({theirs.get(changed[0])}, now {ours[changed[0]]}); name another file, or delete it to start anew"
-        )
-    expected = {f"optimizer.{slot}" for slot in optimizer.slots}
-    if not expected <= tensors.keys():
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(expected - tensors.keys()))}")
-    return _Saved(tensors, _flat_parameters(tensors, net.architecture), description, training)
-
-
-def _checksum(*arrays: Any) -> int:
-    """Tells one data set from another, well enough to refuse a checkpoint that is not this run's."""
-    crc = 0
-    for x in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(x).tobytes() if x is not None else b"", crc)
-    return crc
-
-
-# Ctrl-C and the progress bar
-
-
-@contextmanager
-def _interrupt_noted() -> Iterator[threading.Event]:
-    """A first Ctrl-C is noted, and honoured between two updates, so none is cut in half; a second one raises at once."""
-    noted = threading.Event()
-    python_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or not python_default:
-        yield noted
-        return
-
-    def note(number: int, frame: Any) -> None:
-        noted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class _ProgressBar:
-    """Rows done out of all epochs' rows; silent where stderr is no terminal, unless asked for."""
-
-    def __init__(self, epochs: int, run: _Run, progress: bool | None) -> None:
-        from tqdm import tqdm
-
-        n_rows = len(run.train)
-        self.epochs = epochs
-        self.bar = tqdm(
-            total=epochs * n_rows,
-            initial=len(run.history) * n_rows,
-            unit="row",
-            unit_scale=True,
-            desc=f"epoch {len(run.history) + 1}/{epochs}",
-            disable=None if progress is None else not progress,
-            dynamic_ncols=True,
-        )
-        self.update = self.bar.update
-
-    def epoch_done(self, history: History) -> None:
-        """Show the epoch's metrics."""
-        self.bar.set_description(f"epoch {min(len(history) + 1, self.epochs)}/{self.epochs}", refresh=False)
-        shown = {name: f"{values[-1]:.4g}" for name, values in history.metrics.items() if name != "learning_rate"}
-        self.bar.set_postfix(shown, refresh=False)
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        raise DivergenceError(total, "on these rows")
+    net.stream = Stream(optimizer, stream.state, stream.steps_before, stream.steps + len(steps))
+    net.steps_taken += len(steps)
+    return total / _total_weight(w, order)

@@ -76,7 +76,7 @@ class TrainingJob:
     seed: int
     """Key of the dropout masks."""
     steps_before: int
-    """Updates that the network had before this run: dropout's step counts on from there, the optimizer's starts anew."""
+    """Updates that the network had before this run: dropout counts its steps on from there, the optimizer from 0."""
 
 
 class Trainer(ABC):
@@ -197,7 +197,8 @@ class Backend(ABC):
 
         Returns
         -------
-        (C, delta), C = Σ w c / Σ w as a scalar of this backend, accumulated in float64; C = 0 and δ = 0 where all w are 0.
+        (C, delta), with C = Σ w c / Σ w a scalar of this backend, accumulated in float64; where all w are 0, C = 0 and
+        δ = 0.
         """
         loss = losses.get(loss)
         output_activation = losses.output_activation(loss, output_activation)
@@ -230,7 +231,8 @@ class Backend(ABC):
         _check_ndim("W_next", W_next, 2)
         if delta_next.shape[1] != W_next.shape[1]:
             raise ValueError(
-                f"delta_next and W_next must agree in n_next, their last size; got {delta_next.shape} and {W_next.shape}"
+                f"delta_next (N, n_next) and W_next (n_out, n_next) must agree in n_next; "
+                f"got {delta_next.shape} and {W_next.shape}"
             )
         shape = (delta_next.shape[0], W_next.shape[0])
         _check_shape("kept", kept, shape)
