@@ -138,7 +138,8 @@ def _to_numpy(x: Any) -> Array:
 def _require_numeric(dtype: np.dtype[Any], name: str) -> None:
     if dtype.kind not in "biuf":
         raise TypeError(
-            f"{name} must hold real numbers; got dtype {dtype} (encode text and categories as numbers first)"
+            f"{name} must hold real numbers; got dtype {dtype} ({name}.astype(float) converts numbers held as objects; "
+            "text and categories must be encoded as numbers first)"
         )
 
 
@@ -157,7 +158,7 @@ def _require_length(y: Array, n_rows: int, name: str) -> None:
 
 
 def _is_column(y: Array) -> bool:
-    return y.ndim == 1 or y.shape[1] == 1
+    return bool(y.ndim == 1 or y.shape[1] == 1)
 
 
 def _as_labels(y: Array, n_classes: int, name: str) -> Array:
