@@ -74,10 +74,16 @@ def read(path: PathLike, key: dict[str, Any], architecture: Architecture, slots:
     if "training" not in metadata:
         raise ValueError(f"{path} holds a model without a training run to resume; name another file for the checkpoint")
     try:
-        checkpoint = _parse(tensors, metadata, architecture, slots)
+        theirs = dict(metadata["training"]["key"])
+        changed = [name for name, ours in json.loads(json.dumps(key)).items() if theirs.get(name) != ours]
+        checkpoint = None if changed else _parse(tensors, metadata, architecture, slots)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is a damaged checkpoint: {error}") from error
-    _require_same_run(path, checkpoint.key, json.loads(json.dumps(key)))
+        raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from error
+    if changed:
+        raise ValueError(
+            f"{path} is the checkpoint of a run with another {' and '.join(changed)} "
+            f"({theirs.get(changed[0])}, now {key[changed[0]]}); name another file, or delete it to start anew"
+        )
     return checkpoint
 
 
@@ -105,12 +111,3 @@ def _parse(
         start_rng=dict(training["start_rng"]),
         rng=dict(metadata["rng"]),
     )
-
-
-def _require_same_run(path: PathLike, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    changed = [name for name in ours if ours[name] != theirs.get(name)]
-    if changed:
-        raise ValueError(
-            f"{path} is the checkpoint of a run with another {' and '.join(changed)} "
-            f"({theirs.get(changed[0])}, now {ours[changed[0]]}); name another file, or delete it to start anew"
-        )

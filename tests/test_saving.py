@@ -1,0 +1,297 @@
+"""Keeping work: model files, checkpoints, and runs that are killed and resumed."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import backprop_gpu as bp
+
+N, FEATURES, CLASSES = 61, 4, 3
+
+
+@pytest.fixture
+def X():
+    return np.random.default_rng(0).standard_normal((N, FEATURES))
+
+
+@pytest.fixture
+def y():
+    return np.random.default_rng(1).integers(0, CLASSES, N)
+
+
+def make_net(**options):
+    return bp.MLP([FEATURES, 8, 5, CLASSES], ["gelu", "tanh"], dropout=[0.1, 0.2], alpha=0.01, seed=5, **options)
+
+
+# Model files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_saved_network_comes_back_whole(tmp_path, dtype, X, y):
+    net = make_net(dtype=dtype, loss=bp.CrossEntropy(label_smoothing=0.1))
+    net.fit(X, y, epochs=1)
+    net.metadata["classes"] = ["a", "b", "c"]
+    net.save(tmp_path / "net.safetensors")
+    again = bp.load(tmp_path / "net.safetensors")
+    assert again.architecture == net.architecture
+    assert np.array_equal(again.parameters, net.parameters)
+    assert (again.dtype, again.seed, again.metadata) == (net.dtype, net.seed, net.metadata)
+    assert np.array_equal(again.predict_proba(X), net.predict_proba(X))
+    # Training goes on as it would have without the detour.
+    assert again.fit(X, y, epochs=1) == net.fit(X, y, epochs=1)
+    assert np.array_equal(again.parameters, net.parameters)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error", "absolute_error", "huber", "poisson"])
+def test_every_loss_is_saved(tmp_path, loss):
+    net = bp.MLP([3, 2], loss=loss)
+    net.save(tmp_path / "net")
+    assert bp.load(tmp_path / "net").architecture == net.architecture
+
+
+def test_a_model_file_is_plain_safetensors(tmp_path):
+    net = make_net()
+    net.save(tmp_path / "net.safetensors")
+    tensors = load_file(tmp_path / "net.safetensors")
+    assert sorted(tensors) == ["W.0", "W.1", "W.2", "b.0", "b.1", "b.2"]
+    assert all(np.array_equal(tensors[f"W.{i}"], W) for i, W in enumerate(net.W))
+    assert all(np.array_equal(tensors[f"b.{i}"], b) for i, b in enumerate(net.b))
+
+
+def test_the_file_gets_the_permissions_of_any_new_file(tmp_path):
+    make_net().save(tmp_path / "net")
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_saving_through_a_link_writes_its_target(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "net")
+    make_net().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert bp.load(tmp_path / "net").architecture == make_net().architecture
+
+
+def damaged(path, change):
+    """The file at `path`, written anew with its tensors and header changed."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    change(tensors, header)
+    save_file(tensors, path, header)
+
+
+def change_architecture(**values):
+    def change(tensors, header):
+        header["architecture"] = json.dumps(json.loads(header["architecture"]) | values)
+
+    return change
+
+
+DAMAGE = {
+    "no metadata": lambda tensors, header: header.clear(),
+    "newer format": lambda tensors, header: header.update(backprop_gpu="999"),
+    "missing tensor": lambda tensors, header: tensors.pop("b.1"),
+    "wrong shape": lambda tensors, header: tensors.update({"W.0": tensors["W.0"].T.copy()}),
+    "not json": lambda tensors, header: header.update(architecture="{"),
+    "no architecture": lambda tensors, header: header.pop("architecture"),
+    "architecture a list": lambda tensors, header: header.update(architecture="[1]"),
+    "huge layer": change_architecture(layer_sizes=[10**15, 10**15]),
+    "unknown activation": change_architecture(activation=["evil", "tanh"]),
+    "unknown loss": change_architecture(loss="evil"),
+    "unknown key": change_architecture(evil=1),
+    "loss settings": change_architecture(loss_settings={"evil": 1}),
+    "bad dtype": lambda tensors, header: header.update(dtype='"int8"'),
+    "bad seed": lambda tensors, header: header.update(seed='"x"'),
+    "bad rng": lambda tensors, header: header.update(rng='{"bit_generator": "PCG64", "state": 1}'),
+    "foreign rng": lambda tensors, header: header.update(rng="7"),
+    "bad notes": lambda tensors, header: header.update(notes="3"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, case):
+    path = tmp_path / "net.safetensors"
+    make_net().save(path)
+    damaged(path, DAMAGE[case])
+    with pytest.raises(ValueError, match=r"net\.safetensors") as caught:
+        bp.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"hello world, this is no model", pickle.dumps({"W": 1}), b"\xff" * 64])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "net").write_bytes(content)
+    with pytest.raises(ValueError, match="not a model file"):
+        bp.load(tmp_path / "net")
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    make_net().save(tmp_path / "net")
+    content = (tmp_path / "net").read_bytes()
+    (tmp_path / "net").write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match="not a model file"):
+        bp.load(tmp_path / "net")
+
+
+def test_a_missing_file_or_a_folder_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        bp.load(tmp_path / "none")
+    with pytest.raises(OSError, match="directory"):
+        bp.load(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["missing/net", ".", "file/net"])
+def test_an_unwritable_path_is_an_oserror_before_any_training(tmp_path, target, X, y):
+    (tmp_path / "file").touch()
+    net = make_net()
+    with pytest.raises(OSError, match=r".+"):
+        net.save(tmp_path / target)
+    before = net.parameters.copy()
+    with pytest.raises(OSError, match=r".+"):
+        net.fit(X, y, checkpoint=tmp_path / target)
+    assert np.array_equal(net.parameters, before)
+
+
+def test_a_device_file_is_not_replaced():
+    with pytest.raises(OSError, match="not a plain file"):
+        make_net().save(os.devnull)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path):
+    make_net().save(tmp_path / "net")
+    before = (tmp_path / "net").read_bytes()
+    # A limit on the size of files stands in for the full disk: the write fails half-way, just so.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r".+"):
+            bp.MLP([100, 100, 10]).save(tmp_path / "net")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "net").read_bytes() == before
+    assert os.listdir(tmp_path) == ["net"]
+
+
+# Checkpoints
+
+RUN = """
+import os, signal, sys
+import numpy as np
+import backprop_gpu as bp
+
+path, kill_after = sys.argv[1], int(sys.argv[2])
+rng = np.random.default_rng(0)
+X, y, w = rng.standard_normal((61, 4)), rng.integers(0, 3, 61), rng.random(61)
+net = bp.MLP([4, 8, 5, 3], ["gelu", "tanh"], dropout=[0.1, 0.2], alpha=0.01, seed=5)
+net.fit(X, y, epochs=1)  # so that the run starts in the middle of the random stream
+
+def kill(net, history):
+    if len(history) == kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+updates = [0]
+update = net.ops.update
+def kill_in_the_middle(*arguments, **options):
+    updates[0] += 1
+    if updates[0] == -kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(*arguments, **options)
+net.ops.update = kill_in_the_middle
+
+history = net.fit(
+    X, y, epochs=12, batch_size=7, sample_weight=w, validation_fraction=0.2, checkpoint=path, callbacks=[kill],
+    optimizer=bp.Adam(bp.Cosine(0.05, warmup_steps=10), clip_norm=1.0), early_stopping=bp.EarlyStopping(patience=4),
+)
+sys.stdout.buffer.write(repr((history.metrics, history.stopped, history.best_epoch)).encode() + b"|")
+sys.stdout.buffer.write(net.parameters.tobytes())
+"""
+
+
+def run_and_kill(path, kill_after):
+    """The run in a process of its own, killed after that many epochs, or before update −kill_after."""
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(RUN), path, str(kill_after)], capture_output=True)
+
+
+def test_a_killed_run_ends_with_the_same_bits_when_resumed(tmp_path):
+    whole = run_and_kill(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    for kill_after in (3, -12, 5):  # after epoch 3; in the middle of epoch 5, between two checkpoints; after epoch 5
+        killed = run_and_kill(tmp_path / "killed", kill_after)
+        assert killed.returncode == -signal.SIGKILL
+    resumed = run_and_kill(tmp_path / "killed", 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert b"early stopping" in whole.stdout
+    assert resumed.stdout == whole.stdout
+    assert bp.load(tmp_path / "killed").steps_taken == bp.load(tmp_path / "whole").steps_taken
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, X, y):
+    net, again = make_net(), make_net()
+    history = net.fit(X, y, epochs=3, checkpoint=tmp_path / "run")
+    assert again.fit(X, y, epochs=3, checkpoint=tmp_path / "run") == history
+    assert np.array_equal(again.parameters, net.parameters)
+    longer, whole = make_net(), make_net()
+    assert longer.fit(X, y, epochs=5, checkpoint=tmp_path / "run") == whole.fit(X, y, epochs=5)
+    assert np.array_equal(longer.parameters, whole.parameters)
+
+
+def test_a_checkpoint_is_also_a_model(tmp_path, X, y):
+    net = make_net()
+    net.fit(X, y, epochs=2, checkpoint=tmp_path / "run")
+    assert np.array_equal(bp.load(tmp_path / "run").parameters, net.parameters)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("optimizer", {"optimizer": "sgd"}),
+        ("batch_size", {"batch_size": 5}),
+        ("shuffle", {"shuffle": False}),
+        ("validation", {"validation_fraction": 0.5}),
+        ("early_stopping", {"early_stopping": True}),
+        ("data", {"sample_weight": np.arange(1, N + 1)}),
+    ],
+)
+def test_another_runs_checkpoint_is_refused_and_kept(tmp_path, what, change, X, y):
+    make_net().fit(X, y, epochs=1, checkpoint=tmp_path / "run")
+    content, net = (tmp_path / "run").read_bytes(), make_net()
+    before = net.parameters.copy()
+    with pytest.raises(ValueError, match=f"run with another .*{what}"):
+        net.fit(X, y, epochs=2, checkpoint=tmp_path / "run", **change)
+    assert np.array_equal(net.parameters, before)
+    assert (tmp_path / "run").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: make_net().save(path), "without a training run"),
+        (lambda path: path.write_bytes(b"hello"), "not a model file"),
+        (lambda path: damaged(path, lambda tensors, header: tensors.pop("optimizer.m")), "damaged checkpoint"),
+        (lambda path: damaged(path, lambda tensors, header: header.update(training="{}")), "damaged checkpoint"),
+        (lambda path: damaged(path, lambda tensors, header: header.pop("rng")), "damaged checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tmp_path, spoil, message, X, y):
+    path = tmp_path / "run"
+    make_net().fit(X, y, epochs=1, checkpoint=path)
+    spoil(path)
+    content, net = path.read_bytes(), make_net()
+    before = net.parameters.copy()
+    with pytest.raises(ValueError, match=message):
+        net.fit(X, y, epochs=2, checkpoint=path)
+    assert np.array_equal(net.parameters, before)
+    assert path.read_bytes() == content

@@ -1,0 +1,354 @@
+"""Fitting: mini-batches, validation, early stopping, callbacks, schedules, streams, Ctrl-C, divergence."""
+
+import io
+import logging
+import signal
+
+import numpy as np
+import pytest
+
+import backprop_gpu as bp
+
+N, FEATURES, CLASSES = 97, 6, 3
+
+
+@pytest.fixture
+def X():
+    return np.random.default_rng(0).standard_normal((N, FEATURES))
+
+
+@pytest.fixture
+def y(X):
+    return np.argmax(X[:, :CLASSES] + 0.1 * X[:, CLASSES:], axis=1)
+
+
+def make_net(**options):
+    return bp.MLP([FEATURES, 11, CLASSES], **{"seed": 3, "dtype": "float64", **options})
+
+
+def by_hand(net, X, y, optimizer, batches, w=None):
+    """Training as one would write it with the operations: backprop, then update."""
+    ops = net.ops
+    state = {slot: ops.zeros(net.parameters.shape, net.dtype) for slot in optimizer.slots}
+    losses = []
+    for step, batch in enumerate(batches):
+        weight = None if w is None else w[batch]
+        grads = net.backprop(X[batch], y[batch], sample_weight=weight, dropout_step=step)
+        ops.update(
+            net.parameters,
+            grads.gradients,
+            state,
+            optimizer,
+            learning_rate=float(optimizer.schedule.rates(np.array([step]))[0]),
+            step=step + 1,
+            n_weights=net.architecture.n_weights,
+        )
+        losses.append(grads.loss)
+    return losses
+
+
+OPTIMIZERS = {
+    "sgd": bp.SGD(0.1),
+    "momentum": bp.SGD(0.05, momentum=0.9),
+    "nesterov": bp.SGD(0.05, momentum=0.9, nesterov=True),
+    "adam": bp.Adam(0.01),
+    "adamw": bp.AdamW(0.01, weight_decay=0.1),
+    "rmsprop": bp.RMSprop(0.01, clip_norm=0.5),
+    "decaying": bp.Adam(bp.ExponentialDecay(0.02, every=3)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fit_is_backprop_and_update_mini_batch_by_mini_batch(name, X, y):
+    options = {"dropout": 0.3, "alpha": 0.01}
+    w = np.random.default_rng(1).random(N) + 0.5
+    net, expected = make_net(**options), make_net(**options)
+    history = net.fit(
+        X, y, epochs=1, batch_size=20, optimizer=OPTIMIZERS[name], shuffle=False, sample_weight=w
+    )
+    batches = [np.arange(i, min(i + 20, N)) for i in range(0, N, 20)]
+    losses = by_hand(expected, X, y, OPTIMIZERS[name], batches, w)
+    assert np.array_equal(net.parameters, expected.parameters)
+    assert history["loss"] == [pytest.approx(np.average(losses, weights=[w[b].sum() for b in batches]), rel=1e-12)]
+    assert not np.array_equal(net.parameters, make_net(**options).parameters)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(X, y):
+    def run(seed):
+        net = make_net(seed=seed, dropout=0.2)
+        return net.fit(X, y, epochs=3, validation_fraction=0.2), net.parameters
+
+    (history, parameters), (again, parameters_again), (other, parameters_other) = run(3), run(3), run(4)
+    assert history == again
+    assert np.array_equal(parameters, parameters_again)
+    assert history != other
+    assert not np.array_equal(parameters, parameters_other)
+
+
+def test_seed_none_draws_one_and_tells_it(X, y):
+    net = make_net(seed=None)
+    assert np.array_equal(make_net(seed=net.seed).parameters, net.parameters)
+    assert net.seed != make_net(seed=None).seed
+
+
+def test_each_epoch_sees_every_row_once_in_an_order_of_its_own(X, y, monkeypatch):
+    from backprop_gpu import training
+
+    orders = []
+    run = training.OperationTrainer.run
+
+    def spy(self, order, *rest):
+        orders.append(order)
+        return run(self, order, *rest)
+
+    monkeypatch.setattr(training.OperationTrainer, "run", spy)
+    make_net().fit(X, y, epochs=2, batch_size=7)
+    assert all(sorted(order) == list(range(N)) for order in orders)
+    assert not np.array_equal(*orders)
+
+
+def test_validation_fraction_holds_rows_out_of_training(X, y):
+    net = make_net()
+    history = net.fit(X, y, epochs=4, validation_fraction=0.25)
+    assert history.rows == N - round(0.25 * N)
+    assert len(history["val_loss"]) == len(history["val_accuracy"]) == len(history["loss"]) == 4
+
+
+def test_validation_data_is_what_evaluate_says(X, y):
+    net = make_net()
+    history = net.fit(X[:60], y[:60], epochs=3, validation_data=(X[60:], y[60:]))
+    assert net.evaluate(X[60:], y[60:]) == {"loss": history["val_loss"][-1], "accuracy": history["val_accuracy"][-1]}
+
+
+def test_a_regression_is_validated_by_r2(X):
+    values = X @ np.random.default_rng(2).standard_normal((FEATURES, CLASSES))
+    net = make_net(loss="squared_error", activation="tanh")
+    history = net.fit(X, values, epochs=100, validation_fraction=0.2, optimizer=bp.Adam(0.01))
+    assert history["val_r2"][-1] > 0.9
+    residual = ((net.predict(X) - values) ** 2).sum(axis=0)
+    expected = 1 - residual / ((values - values.mean(axis=0)) ** 2).sum(axis=0)
+    assert net.evaluate(X, values)["r2"] == pytest.approx(expected.mean(), rel=1e-12)
+    assert net.evaluate(X, values)["loss"] == pytest.approx(0.5 * residual.sum() / N, rel=1e-12)
+
+
+def test_early_stopping_restores_the_best_parameters(X, y):
+    seen = []
+    net = make_net()
+    noise = np.random.default_rng(5).integers(0, CLASSES, 40)  # labels that cannot be learnt: val_loss must turn
+    validation = (np.random.default_rng(6).standard_normal((40, FEATURES)), noise)
+    history = net.fit(
+        X,
+        y,
+        epochs=200,
+        optimizer=bp.Adam(0.02),
+        validation_data=validation,
+        early_stopping=bp.EarlyStopping(patience=4),
+        callbacks=[lambda net, history: seen.append(net.parameters.copy())],
+    )
+    best = int(np.argmin(history["val_loss"]))
+    assert history.stopped == "early stopping"
+    assert history.best_epoch == best
+    assert len(history) == best + 1 + 4 < 200
+    assert np.array_equal(net.parameters, seen[best])
+    assert net.evaluate(*validation)["loss"] == history["val_loss"][best]
+
+
+def test_early_stopping_can_watch_the_accuracy_or_the_training_loss(X, y):
+    history = make_net().fit(
+        X, y, epochs=50, validation_fraction=0.2, early_stopping=bp.EarlyStopping(2, monitor="val_accuracy")
+    )
+    assert history["val_accuracy"][history.best_epoch] == max(history["val_accuracy"])
+    history = make_net().fit(X, y, epochs=50, early_stopping=bp.EarlyStopping(2, min_delta=10.0))
+    assert (len(history), history.best_epoch) == (3, 0)
+    with pytest.raises(ValueError, match=r"'val_accuracy'; .*valid: loss"):
+        make_net().fit(X, y, early_stopping=bp.EarlyStopping(monitor="val_accuracy"))
+
+
+def test_callbacks_see_every_epoch_and_may_end_the_run(X, y):
+    calls = []
+
+    def stop_after_three(net, history):
+        calls.append((net, len(history)))
+        return len(history) == 3
+
+    net = make_net()
+    history = net.fit(X, y, epochs=10, callbacks=[stop_after_three])
+    assert calls == [(net, 1), (net, 2), (net, 3)]
+    assert (history.stopped, len(history)) == ("callback", 3)
+
+
+def test_a_schedule_spans_the_run(X, y):
+    history = make_net().fit(X, y, epochs=5, batch_size=32, optimizer=bp.Adam(bp.Cosine(0.01, warmup_steps=4)))
+    rates = history["learning_rate"]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_a_stream_of_chunks_is_one_epoch_in_order(X, y):
+    net, expected = make_net(dropout=0.2), make_net(dropout=0.2)
+    losses = [net.partial_fit(X[i : i + 16], y[i : i + 16], optimizer=bp.Adam(0.01)) for i in range(0, 96, 16)]
+    history = expected.fit(X[:96], y[:96], epochs=1, batch_size=16, optimizer=bp.Adam(0.01), shuffle=False)
+    assert np.array_equal(net.parameters, expected.parameters)
+    assert np.mean(losses) == pytest.approx(history["loss"][0], rel=1e-12)
+    assert net.steps_taken == expected.steps_taken == 6
+
+
+def test_a_stream_may_hold_a_single_class_and_needs_the_length_of_a_cosine(X, y):
+    net = make_net()
+    net.partial_fit(X[:4], np.ones(4, int))
+    with pytest.raises(ValueError, match="Cosine needs total_steps"):
+        net.partial_fit(X, y, optimizer=bp.Adam(bp.Cosine(0.01)))
+    net.partial_fit(X, y, optimizer=bp.Adam(bp.Cosine(0.01, total_steps=100)))
+
+
+def test_ctrl_c_returns_the_model_as_far_as_it_got(X, y):
+    def press(net, history):
+        if len(history) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    net, expected = make_net(), make_net()
+    history = net.fit(X, y, epochs=50, batch_size=10, callbacks=[press])
+    assert history.stopped == "interrupted"
+    assert len(history) == 2
+    assert net.steps_taken == 2 * 10 + 1, "the update under way is finished, and no further one is made"
+    expected.fit(X, y, epochs=2, batch_size=10)
+    assert np.isfinite(net.parameters).all()
+    assert not np.array_equal(net.parameters, expected.parameters)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_raises(X, y):
+    def press_twice(net, history):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_net().fit(X, y, epochs=50, callbacks=[press_twice])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("optimizer", [bp.SGD(1e6), bp.SGD(1e200)], ids=["overflowing", "at once"])
+def test_a_diverging_run_stops_and_keeps_the_last_finite_parameters(optimizer, X, y):
+    kept = []
+    net = make_net(loss="squared_error")
+    with np.errstate(all="ignore"), pytest.raises(bp.DivergenceError, match=r"in epoch \d+; .*learning_rate") as caught:
+        net.fit(
+            X,
+            np.eye(CLASSES)[y],
+            epochs=100,
+            optimizer=optimizer,
+            callbacks=[lambda net, history: kept.append(net.parameters.copy())],
+        )
+    expected = kept[-1] if kept else make_net(loss="squared_error").parameters
+    assert np.isfinite(net.parameters).all()
+    assert np.array_equal(net.parameters, expected)
+    assert len(caught.value.history) == len(kept)
+
+
+def test_a_diverging_stream_keeps_the_last_finite_parameters(X, y):
+    net = make_net(loss="squared_error")
+    net.partial_fit(X, np.eye(CLASSES)[y])
+    before, state = net.parameters.copy(), {k: v.copy() for k, v in net.stream.state.items()}
+    with np.errstate(all="ignore"), pytest.raises(bp.DivergenceError):
+        net.partial_fit(X, np.eye(CLASSES)[y], batch_size=2, optimizer=bp.Adam(1e300))
+    assert np.array_equal(net.parameters, before)
+    assert all(np.array_equal(net.stream.state[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be at least 1; got 0"),
+        ({"epochs": 2.5}, TypeError, "integer"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": N + 1}, ValueError, f"batch_size={N + 1} is larger than the {N} training rows"),
+        ({"batch_size": N, "validation_fraction": 0.1}, ValueError, "larger than the 87 training rows"),
+        ({"optimizer": "adma"}, ValueError, "unknown optimizer 'adma'; did you mean 'adam'?"),
+        ({"optimizer": 3}, TypeError, "optimizer must be one of"),
+        ({"validation_fraction": 1.0}, ValueError, r"validation_fraction must be in \[0, 1\)"),
+        ({"validation_fraction": 0.999}, ValueError, "leaves none to train on"),
+        ({"validation_fraction": float("nan")}, ValueError, "validation_fraction"),
+        ({"early_stopping": bp.EarlyStopping(monitor="los")}, ValueError, "did you mean 'loss'"),
+        ({"callbacks": print}, TypeError, "list of functions"),
+        ({"callbacks": ["print"]}, TypeError, "list of functions"),
+    ],
+)
+def test_bad_settings_are_refused_and_change_nothing(options, error, message, X, y):
+    net = make_net()
+    before, rng = net.parameters.copy(), net.rng.bit_generator.state
+    with pytest.raises(error, match=message):
+        net.fit(X, y, **options)
+    assert np.array_equal(net.parameters, before)
+    assert net.rng.bit_generator.state == rng
+
+
+def test_validation_given_twice_is_refused(X, y):
+    with pytest.raises(ValueError, match="not both"):
+        make_net().fit(X, y, validation_fraction=0.1, validation_data=(X, y))
+
+
+def test_held_out_rows_with_all_the_weight_are_refused(X, y):
+    w = np.zeros(N)
+    net = make_net()
+    held_out = np.random.default_rng()
+    held_out.bit_generator.state = rng = net.rng.bit_generator.state
+    w[held_out.permutation(N)[: round(0.2 * N)]] = 1
+    with pytest.raises(ValueError, match="every training row has sample_weight 0"):
+        net.fit(X, y, sample_weight=w, validation_fraction=0.2)
+    assert net.rng.bit_generator.state == rng
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bp.SGD(-1.0), "learning rate must be a positive number"),
+        (lambda: bp.SGD(float("nan")), "learning rate must be a positive number"),
+        (lambda: bp.SGD(nesterov=True), "nesterov needs a momentum"),
+        (lambda: bp.SGD(momentum=1.0), r"momentum must be in \[0, 1\)"),
+        (lambda: bp.Adam(beta_1=1.0), "beta_1"),
+        (lambda: bp.Adam(epsilon=0.0), "epsilon"),
+        (lambda: bp.Adam(clip_norm=0.0), "clip_norm"),
+        (lambda: bp.AdamW(weight_decay=-1.0), "weight_decay"),
+        (lambda: bp.RMSprop(decay=2.0), "decay"),
+        (lambda: bp.Cosine(0.1, warmup_steps=10, total_steps=10), "total_steps must exceed"),
+        (lambda: bp.Cosine(0.1, final=0.2), "final"),
+        (lambda: bp.StepDecay(0.1, every=0), "every"),
+        (lambda: bp.ExponentialDecay(0.1, every=1, factor=0.0), "factor"),
+        (lambda: bp.InverseScaling(0.1, power=-1.0), "power"),
+        (lambda: bp.EarlyStopping(0), "patience"),
+        (lambda: bp.EarlyStopping(min_delta=-1.0), "min_delta"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(io.StringIO, False), (Terminal, True)])
+def test_the_progress_bar_is_silent_where_there_is_no_terminal(stream, shown, X, y, monkeypatch):
+    stderr = stream()
+    monkeypatch.setattr("sys.stderr", stderr)
+    make_net().fit(X, y, epochs=2)
+    assert ("epoch" in stderr.getvalue()) == shown
+
+
+def test_history_counts_and_compares_without_times(X, y):
+    history = make_net().fit(X, y, epochs=2)
+    assert history.rows_per_second > 0
+    assert len(history.seconds) == len(history) == 2
+    with pytest.raises(KeyError, match="did you mean 'loss'"):
+        history["lost"]
+    assert np.isnan(bp.History().rows_per_second)
+
+
+def test_training_says_which_backend_runs(caplog):
+    with caplog.at_level(logging.INFO, "backprop_gpu"):
+        net = make_net()
+    assert net.backend in caplog.text
+    assert net.backend_reason in caplog.text
