@@ -1,0 +1,1 @@
+"""Benchmarks, and the report that writes the README's tables."""
