@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from backprop_gpu import activations, losses
 from backprop_gpu.activations import Activation
+from backprop_gpu.checks import fraction, not_negative
 from backprop_gpu.losses import LOSSES, Loss
 from backprop_gpu.names import lookup
 
@@ -58,8 +58,7 @@ class Architecture:
             raise ValueError(
                 "cross_entropy needs at least 2 outputs, one per class; got 1 (loss='binary_cross_entropy' takes 1)"
             )
-        if not (alpha >= 0 and math.isfinite(alpha)):
-            raise ValueError(f"alpha must be at least 0; got {alpha}")
+        not_negative("alpha", alpha)
         n_hidden = len(sizes) - 2
         return cls(
             sizes,
@@ -160,6 +159,5 @@ def _check_unused(name: str, value: Any) -> list[Any]:
 
 
 def _rate(rate: float) -> float:
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout must be in [0, 1); got {rate}")
+    fraction("dropout", rate)
     return float(rate)

@@ -75,7 +75,7 @@ def read(path: PathLike, key: dict[str, Any], architecture: Architecture, slots:
         raise ValueError(f"{path} holds a model without a training run to resume; name another file for the checkpoint")
     try:
         theirs = dict(metadata["training"]["key"])
-        changed = [name for name, ours in json.loads(json.dumps(key)).items() if theirs.get(name) != ours]
+        changed = [name for name, ours in json.loads(storage.to_json(key)).items() if theirs.get(name) != ours]
         checkpoint = None if changed else _parse(tensors, metadata, architecture, slots)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from error

@@ -6,11 +6,11 @@ depend on how many outputs the network has, and the loss that is reported is the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from backprop_gpu.activations import ACTIVATIONS
+from backprop_gpu.checks import fraction, positive
 from backprop_gpu.names import lookup, unknown
 
 __all__ = [
@@ -54,8 +54,7 @@ class CrossEntropy(Loss):
     output_activations: ClassVar[tuple[str, ...]] = ("softmax",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        fraction("label_smoothing", self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class Huber(Loss):
     has_kink: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (self.threshold > 0 and math.isfinite(self.threshold)):
-            raise ValueError(f"Huber's threshold must be a positive number; got {self.threshold}")
+        positive("Huber's threshold", self.threshold)
 
 
 @dataclass(frozen=True)

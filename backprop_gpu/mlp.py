@@ -21,6 +21,7 @@ from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import select
 from backprop_gpu.backends.contract import Array, Dropout
+from backprop_gpu.checks import integer
 from backprop_gpu.data import Rows
 from backprop_gpu.history import History
 from backprop_gpu.losses import Loss
@@ -53,7 +54,7 @@ class Forward:
     """Pre-activations: of every layer where asked for, else only of the output layer, as the last entry."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backprop:
     """Every quantity of one forward and backward pass; a list has one array per layer, l = 0 … L − 1.
 
@@ -519,19 +520,17 @@ def load(path: PathLike, *, backend: str = "auto") -> MLP:
     """
     tensors, metadata = storage.read(path)
     try:
-        return _from_file(tensors, metadata, backend)
+        architecture = Architecture.from_dict(metadata["architecture"])
+        flat = architecture.flatten(tensors)
+        dtype, seed = _dtype(metadata["dtype"]), _seed(metadata["seed"])
+        rng = np.random.default_rng()
+        rng.bit_generator.state = metadata["rng"]
+        steps_taken, notes = index(metadata["steps_taken"]), dict(metadata["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a network of backprop_gpu, or it is damaged: {error}") from error
-
-
-def _from_file(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, Any], backend: str) -> MLP:
-    architecture = Architecture.from_dict(metadata["architecture"])
-    flat = architecture.flatten(tensors)
     net = MLP.__new__(MLP)
-    net._setup(architecture, metadata["dtype"], backend, _seed(metadata["seed"]))
-    net.rng.bit_generator.state = metadata["rng"]
-    net.steps_taken = index(metadata["steps_taken"])
-    net.metadata = dict(metadata["notes"])
+    net._setup(architecture, dtype, backend, seed)
+    net.rng, net.steps_taken, net.metadata = rng, steps_taken, notes
     net._bind(net.ops.asarray(flat, net._array_dtype))
     return net
 
@@ -561,8 +560,10 @@ def _dtype(dtype: Any) -> str:
 
 
 def _seed(seed: int | None) -> int:
-    seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else index(seed)
-    if not 0 <= seed < 2**64:
+    if seed is None:
+        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    seed = integer("seed", seed, at_least=0)
+    if seed >= 2**64:
         raise ValueError(f"seed must be in [0, 2⁶⁴); got {seed}")
     return seed
 

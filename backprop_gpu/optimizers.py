@@ -7,11 +7,11 @@ learning rate, t the step's number from 1.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from backprop_gpu import schedules
+from backprop_gpu.checks import fraction, not_negative, positive
 from backprop_gpu.names import lookup
 from backprop_gpu.schedules import Schedule
 
@@ -35,22 +35,12 @@ class Optimizer:
     def __post_init__(self) -> None:
         schedules.get(self.learning_rate)
         if self.clip_norm is not None:
-            _positive("clip_norm", self.clip_norm)
+            positive("clip_norm", self.clip_norm)
 
     @property
     def schedule(self) -> Schedule:
         """The learning rate as a schedule."""
         return schedules.get(self.learning_rate)
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a positive number; got {value}")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1); got {value}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("momentum", self.momentum)
+        fraction("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0; got momentum=0")
 
@@ -88,9 +78,9 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("beta_1", self.beta_1)
-        _fraction("beta_2", self.beta_2)
-        _positive("epsilon", self.epsilon)
+        fraction("beta_1", self.beta_1)
+        fraction("beta_2", self.beta_2)
+        positive("epsilon", self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -104,8 +94,7 @@ class AdamW(Adam):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        not_negative("weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -119,8 +108,8 @@ class RMSprop(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("decay", self.decay)
-        _positive("epsilon", self.epsilon)
+        fraction("decay", self.decay)
+        positive("epsilon", self.epsilon)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}

@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from backprop_gpu.checks import integer, not_negative, positive
+
 __all__ = ["Constant", "Cosine", "ExponentialDecay", "InverseScaling", "Schedule", "StepDecay", "get"]
 
 Floats = npt.NDArray[np.float64]
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,7 @@ class Schedule(ABC):
     initial: float
 
     def __post_init__(self) -> None:
-        _require(
-            self.initial > 0 and math.isfinite(self.initial),
-            f"the learning rate must be a positive number; got {self.initial}",
-        )
+        positive("the learning rate", self.initial)
 
     @abstractmethod
     def rates(self, steps: npt.NDArray[np.int64]) -> Floats:
@@ -61,8 +54,10 @@ class _Decay(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.every >= 1, f"every must be at least 1 step; got {self.every}")
-        _require(0 < self.factor <= 1, f"factor must be in (0, 1]; got {self.factor}")
+        integer("every", self.every, at_least=1)
+        positive("factor", self.factor)
+        if self.factor > 1:
+            raise ValueError(f"factor must be at most 1, for a decay; got {self.factor}")
 
 
 @dataclass(frozen=True)
@@ -91,11 +86,11 @@ class InverseScaling(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.power >= 0, f"power must be at least 0; got {self.power}")
+        not_negative("power", self.power)
 
     def rates(self, steps: npt.NDArray[np.int64]) -> Floats:
         """The rate of each of these steps."""
-        return self.initial / np.power(steps + 1.0, self.power)
+        return self.initial * np.power(steps + 1.0, -self.power)
 
 
 @dataclass(frozen=True)
@@ -113,18 +108,24 @@ class Cosine(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.warmup_steps >= 0, f"warmup_steps must be at least 0; got {self.warmup_steps}")
-        _require(0 <= self.final <= self.initial, f"final must be in [0, {self.initial}]; got {self.final}")
-        _require(
-            self.total_steps is None or self.total_steps > self.warmup_steps,
-            f"total_steps must exceed warmup_steps = {self.warmup_steps}; got {self.total_steps}",
-        )
+        integer("warmup_steps", self.warmup_steps, at_least=0)
+        not_negative("final", self.final)
+        if self.final > self.initial:
+            raise ValueError(f"final must be at most the initial rate {self.initial}; got {self.final}")
+        if self.total_steps is not None:
+            integer("total_steps", self.total_steps, at_least=1)
+            self._require_decay(self.total_steps)
+
+    def _require_decay(self, total_steps: int) -> None:
+        if total_steps <= self.warmup_steps:
+            raise ValueError(f"total_steps must exceed warmup_steps = {self.warmup_steps}; got {total_steps}")
 
     def for_run(self, total_steps: int | None) -> Cosine:
         """This schedule with `total_steps` filled in where it was None."""
         if self.total_steps is not None:
             return self
-        _require(total_steps is not None, "Cosine needs total_steps where the length of the run is not known")
+        if total_steps is None:
+            raise ValueError("Cosine needs total_steps where the length of the run is not known")
         return replace(self, total_steps=total_steps)
 
     def rates(self, steps: npt.NDArray[np.int64]) -> Floats:
@@ -139,4 +140,4 @@ class Cosine(Schedule):
 
 def get(learning_rate: float | Schedule) -> Schedule:
     """A schedule as it is; a plain number as a constant one."""
-    return learning_rate if isinstance(learning_rate, Schedule) else Constant(float(learning_rate))
+    return learning_rate if isinstance(learning_rate, Schedule) else Constant(learning_rate)

@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PathLike", "read", "require_writable", "write"]
+__all__ = ["PathLike", "read", "require_writable", "to_json", "write"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -28,7 +29,7 @@ def write(path: PathLike, tensors: Mapping[str, npt.NDArray[Any]], metadata: Map
     """
     from safetensors.numpy import save
 
-    header = {FORMAT: str(VERSION), **{name: json.dumps(value) for name, value in metadata.items()}}
+    header = {FORMAT: str(VERSION), **{name: to_json(value) for name, value in metadata.items()}}
     with _replacing(Path(path)) as file:
         file.write(save(dict(tensors), header))
 
@@ -47,6 +48,17 @@ def read(path: PathLike) -> tuple[Tensors, dict[str, Any]]:
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model file, or it is damaged: {error}") from error
     return tensors, _parse(path, header)
+
+
+def to_json(value: Any) -> str:
+    """JSON, with NumPy's scalars as the numbers that they are."""
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written to a model file: it is not JSON-ready")
 
 
 def require_writable(path: PathLike) -> None:

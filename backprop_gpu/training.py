@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from operator import index
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from backprop_gpu import checkpoint as checkpoints
-from backprop_gpu import data, optimizers
+from backprop_gpu import checks, data, optimizers
 from backprop_gpu.backends.contract import AfterStep, Array, Trainer, TrainingJob
 from backprop_gpu.checkpoint import Checkpoint, checksum
+from backprop_gpu.checks import integer
 from backprop_gpu.data import Rows
 from backprop_gpu.history import DivergenceError, History
 from backprop_gpu.names import unknown
@@ -57,10 +57,8 @@ class EarlyStopping:
     monitor: str | None = None
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch; got {self.patience}")
-        if not self.min_delta >= 0:
-            raise ValueError(f"min_delta must be at least 0; got {self.min_delta}")
+        integer("patience", self.patience, at_least=1)
+        checks.not_negative("min_delta", self.min_delta)
 
 
 @dataclass
@@ -156,7 +154,7 @@ def fit(
     progress: bool | None,
 ) -> History:
     """`MLP.fit`, where it is documented. Everything is checked before anything changes."""
-    epochs = _at_least_one("epochs", epochs)
+    epochs = integer("epochs", epochs, at_least=1)
     optimizer = optimizers.get(optimizer)
     callbacks = _callables(callbacks)
     rows, target, w = net._take_in(X, y, sample_weight)
@@ -229,7 +227,7 @@ class _Run:
         with interrupt_noted() as interrupted, ProgressBar(epochs, self.history, progress) as bar:
             self.history.stopped = self._reason_to_stop(epochs)
             while not self.history.stopped:
-                if not self._epoch(bar, interrupted):
+                if interrupted.is_set() or not self._epoch(bar, interrupted):
                     self.history.stopped = "interrupted"
                     break
                 if save is not None:
@@ -287,7 +285,7 @@ class _Run:
             return
         monitor = str(self.stopping.monitor)
         value = self.history[monitor][-1] * (-1 if monitor in HIGHER_IS_BETTER else 1)
-        if self.best is None or value < self.best_value - self.stopping.min_delta:
+        if self.best is None or math.isnan(self.best_value) or value < self.best_value - self.stopping.min_delta:
             self.best_value, self.best = value, self._parameters()
             self.history.best_epoch = len(self.history) - 1
 
@@ -366,23 +364,17 @@ def _callables(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
     return tuple(callbacks)
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if index(value) < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    return index(value)
-
-
 def _batch_size(batch_size: int | None, n_train: int) -> int:
     if batch_size is None:
         return min(BATCH_SIZE, n_train)
-    if _at_least_one("batch_size", batch_size) > n_train:
+    batch_size = integer("batch_size", batch_size, at_least=1)
+    if batch_size > n_train:
         raise ValueError(f"batch_size={batch_size} is larger than the {n_train} training rows; None takes what fits")
-    return index(batch_size)
+    return batch_size
 
 
 def _n_held_out(fraction: float, n_rows: int, has_validation_data: bool) -> int:
-    if not 0 <= fraction < 1:
-        raise ValueError(f"validation_fraction must be in [0, 1); got {fraction}")
+    checks.fraction("validation_fraction", fraction)
     if fraction and has_validation_data:
         raise ValueError("give validation_data or validation_fraction, not both")
     n_held_out = max(1, round(fraction * n_rows)) if fraction else 0

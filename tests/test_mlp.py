@@ -210,9 +210,11 @@ def test_many_rows_are_predicted_in_pieces_with_the_same_result(rng, monkeypatch
         ({"dtype": "float23"}, ValueError, "did you mean 'float32'?"),
         ({"dtype": "bfloat16", "backend": "numpy"}, ValueError, "computes in float32 and float64, not in bfloat16"),
         ({"backend": "cdua"}, ValueError, "did you mean 'cuda'?"),
-        ({"seed": -1}, ValueError, "seed must be in"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**64}, ValueError, "seed must be in"),
-        ({"seed": 1.5}, TypeError, "integer"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer; got 1.5"),
+        ({"dropout": "0.5"}, TypeError, "dropout must be a number; got '0.5'"),
+        ({"alpha": None}, TypeError, "alpha must be a number; got None"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_way_out(arguments, error, message):

@@ -146,6 +146,24 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         bp.load(tmp_path / "net")
 
 
+def test_numpy_scalars_are_saved_as_numbers(tmp_path, X, y):
+    net = make_net(loss=bp.CrossEntropy(np.float32(0.125)))
+    net.metadata["best"] = np.float64(0.5)
+    net.fit(X, y, epochs=1, optimizer=bp.Adam(np.float32(0.01)), checkpoint=tmp_path / "run")
+    again = bp.load(tmp_path / "run")
+    assert (again.architecture, again.metadata) == (net.architecture, {"best": 0.5})
+    net.metadata["object"] = object()
+    with pytest.raises(TypeError, match="not JSON-ready"):
+        net.save(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_an_unknown_backend_is_no_fault_of_the_file(tmp_path):
+    make_net().save(tmp_path / "net")
+    with pytest.raises(ValueError, match=r"^unknown backend"):
+        bp.load(tmp_path / "net", backend="nunpy")
+
+
 def test_a_missing_file_or_a_folder_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         bp.load(tmp_path / "none")

@@ -63,9 +63,7 @@ def test_fit_is_backprop_and_update_mini_batch_by_mini_batch(name, X, y):
     options = {"dropout": 0.3, "alpha": 0.01}
     w = np.random.default_rng(1).random(N) + 0.5
     net, expected = make_net(**options), make_net(**options)
-    history = net.fit(
-        X, y, epochs=1, batch_size=20, optimizer=OPTIMIZERS[name], shuffle=False, sample_weight=w
-    )
+    history = net.fit(X, y, epochs=1, batch_size=20, optimizer=OPTIMIZERS[name], shuffle=False, sample_weight=w)
     batches = [np.arange(i, min(i + 20, N)) for i in range(0, N, 20)]
     losses = by_hand(expected, X, y, OPTIMIZERS[name], batches, w)
     assert np.array_equal(net.parameters, expected.parameters)
@@ -202,20 +200,35 @@ def test_a_stream_may_hold_a_single_class_and_needs_the_length_of_a_cosine(X, y)
     net.partial_fit(X, y, optimizer=bp.Adam(bp.Cosine(0.01, total_steps=100)))
 
 
-def test_ctrl_c_returns_the_model_as_far_as_it_got(X, y):
+def test_ctrl_c_between_epochs_returns_the_model_as_far_as_it_got(X, y):
     def press(net, history):
         if len(history) == 2:
             signal.raise_signal(signal.SIGINT)
 
     net, expected = make_net(), make_net()
-    history = net.fit(X, y, epochs=50, batch_size=10, callbacks=[press])
-    assert history.stopped == "interrupted"
-    assert len(history) == 2
-    assert net.steps_taken == 2 * 10 + 1, "the update under way is finished, and no further one is made"
-    expected.fit(X, y, epochs=2, batch_size=10)
-    assert np.isfinite(net.parameters).all()
-    assert not np.array_equal(net.parameters, expected.parameters)
+    history = net.fit(X, y, epochs=50, callbacks=[press])
+    expected.fit(X, y, epochs=2)
+    assert (history.stopped, len(history)) == ("interrupted", 2)
+    assert np.array_equal(net.parameters, expected.parameters)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_within_an_epoch_finishes_the_update_under_way(X, y, monkeypatch):
+    net, expected = make_net(), make_net()
+    update, updates = net.ops.update, []
+
+    def press_in_the_13th(*arguments, **options):
+        updates.append(1)
+        if len(updates) == 13:
+            signal.raise_signal(signal.SIGINT)
+        update(*arguments, **options)
+
+    monkeypatch.setattr(net.ops, "update", press_in_the_13th)
+    history = net.fit(X, y, epochs=50, batch_size=10, shuffle=False)
+    assert (history.stopped, len(history), net.steps_taken) == ("interrupted", 1, 13)
+    batches = [np.arange(i, min(i + 10, N)) for i in range(0, N, 10)]
+    by_hand(expected, X, y, bp.Adam(), [*batches, *batches[:3]])
+    assert np.array_equal(net.parameters, expected.parameters)
 
 
 def test_a_second_ctrl_c_raises(X, y):
@@ -260,7 +273,8 @@ def test_a_diverging_stream_keeps_the_last_finite_parameters(X, y):
     ("options", "error", "message"),
     [
         ({"epochs": 0}, ValueError, "epochs must be at least 1; got 0"),
-        ({"epochs": 2.5}, TypeError, "integer"),
+        ({"epochs": 2.5}, TypeError, "epochs must be an integer; got 2.5"),
+        ({"validation_fraction": "0.1"}, TypeError, "validation_fraction must be a number; got '0.1'"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"batch_size": N + 1}, ValueError, f"batch_size={N + 1} is larger than the {N} training rows"),
         ({"batch_size": N, "validation_fraction": 0.1}, ValueError, "larger than the 87 training rows"),
