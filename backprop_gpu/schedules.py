@@ -90,7 +90,7 @@ class InverseScaling(Schedule):
 
     def rates(self, steps: npt.NDArray[np.int64]) -> Floats:
         """The rate of each of these steps."""
-        return self.initial * np.power(steps + 1.0, -self.power)
+        return self.initial * np.power(steps.astype(np.float64) + 1, -self.power)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ def make_net(**options):
     return bp.MLP([FEATURES, 11, CLASSES], **{"seed": 3, "dtype": "float64", **options})
 
 
+def error(actual, expected):
+    """Largest difference, relative to the largest entry."""
+    assert np.isfinite(actual).all()
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
 def by_hand(net, X, y, optimizer, batches, w=None):
     """Training as one would write it with the operations: backprop, then update."""
     ops = net.ops
@@ -66,7 +72,7 @@ def test_fit_is_backprop_and_update_mini_batch_by_mini_batch(name, X, y):
     history = net.fit(X, y, epochs=1, batch_size=20, optimizer=OPTIMIZERS[name], shuffle=False, sample_weight=w)
     batches = [np.arange(i, min(i + 20, N)) for i in range(0, N, 20)]
     losses = by_hand(expected, X, y, OPTIMIZERS[name], batches, w)
-    assert np.array_equal(net.parameters, expected.parameters)
+    assert error(net.parameters, expected.parameters) <= 1e-12
     assert history["loss"] == [pytest.approx(np.average(losses, weights=[w[b].sum() for b in batches]), rel=1e-12)]
     assert not np.array_equal(net.parameters, make_net(**options).parameters)
 
@@ -228,7 +234,7 @@ def test_ctrl_c_within_an_epoch_finishes_the_update_under_way(X, y, monkeypatch)
     assert (history.stopped, len(history), net.steps_taken) == ("interrupted", 1, 13)
     batches = [np.arange(i, min(i + 10, N)) for i in range(0, N, 10)]
     by_hand(expected, X, y, bp.Adam(), [*batches, *batches[:3]])
-    assert np.array_equal(net.parameters, expected.parameters)
+    assert error(net.parameters, expected.parameters) <= 1e-12
 
 
 def test_a_second_ctrl_c_raises(X, y):
