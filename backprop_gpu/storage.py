@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PathLike", "read", "require_writable", "to_json", "write"]
+__all__ = ["PathLike", "read", "replacing", "require_writable", "to_json", "write"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -29,8 +29,9 @@ def write(path: PathLike, tensors: Mapping[str, npt.NDArray[Any]], metadata: Map
     """
     from safetensors.numpy import save
 
-    header = {FORMAT: str(VERSION), **{name: to_json(value) for name, value in metadata.items()}}
-    with _replacing(Path(path)) as file:
+    # One entry, not one per name: safetensors keeps no order among entries, and the same network has the same bytes.
+    header = {FORMAT: to_json({"version": VERSION, **metadata})}
+    with replacing(path) as file:
         file.write(save(dict(tensors), header))
 
 
@@ -50,6 +51,33 @@ def read(path: PathLike) -> tuple[Tensors, dict[str, Any]]:
     return tensors, _parse(path, header)
 
 
+def require_writable(path: PathLike) -> None:
+    """OSError, now and not after an hour of training, where `write(path, …)` could not create its file."""
+    path = Path(path)
+    _target(path)
+    temporary = _temporary(path)
+    with _blaming(path), temporary.open("xb"):
+        pass
+    temporary.unlink()
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
+    """A new file beside `path` that takes its place once it is complete and on the disk."""
+    path = Path(path)
+    target, temporary = _target(path), _temporary(path)
+    try:
+        with _blaming(path):
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def to_json(value: Any) -> str:
     """JSON, with NumPy's scalars as the numbers that they are."""
     return json.dumps(value, default=_plain)
@@ -61,42 +89,29 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written to a model file: it is not JSON-ready")
 
 
-def require_writable(path: PathLike) -> None:
-    """OSError, now and not after an hour of training, where `write(path, …)` could not create its file."""
-    _target(Path(path))
-    temporary = _temporary(Path(path))
-    with temporary.open("xb"):
-        pass
-    temporary.unlink()
-
-
 def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if FORMAT not in header:
         raise ValueError(f"{path} is a safetensors file, but not a model saved by backprop_gpu")
-    if header[FORMAT] != str(VERSION):
+    try:
+        metadata = dict(json.loads(header[FORMAT]))
+        version = metadata.pop("version")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has damaged metadata: {error}") from error
+    if version != VERSION:
         raise ValueError(
-            f"{path} has format version {header[FORMAT]}, and this release of backprop_gpu reads {VERSION}; "
+            f"{path} has format version {version}, and this release of backprop_gpu reads {VERSION}; "
             "a newer release may read it"
         )
-    try:
-        return {name: json.loads(value) for name, value in header.items() if name != FORMAT}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has damaged metadata: {error}") from error
+    return metadata
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place once it is complete and on the disk."""
-    target, temporary = _target(path), _temporary(path)
+def _blaming(path: Path) -> Iterator[None]:
+    """An OSError about the temporary file names the path that the caller knows."""
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _target(path: Path) -> Path:

@@ -261,7 +261,8 @@ class _Run:
             return not interrupted.is_set()
 
         start = time.perf_counter()
-        total = self.trainer.run(order, rates, self.step, after_step)
+        with _reported_as_divergence():
+            total = self.trainer.run(order, rates, self.step, after_step)
         seconds = time.perf_counter() - start
         if not _finite(self.net, total):
             self._set_parameters(before)
@@ -350,6 +351,11 @@ def _n_steps(n_rows: int, batch_size: int) -> int:
     return -(-n_rows // batch_size)
 
 
+def _reported_as_divergence() -> np.errstate:
+    """NumPy keeps quiet about the overflows of a run that diverges: the error that follows says it once."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def _finite(net: MLP, total: float) -> bool:
     return bool(np.isfinite(total) and np.isfinite(net.ops.sum_squares(net.parameters)))
 
@@ -397,6 +403,8 @@ def _stopping(early_stopping: EarlyStopping | bool | None, net: MLP, validated: 
     if early_stopping is None or early_stopping is False:
         return None
     stopping = EarlyStopping() if early_stopping is True else early_stopping
+    if not isinstance(stopping, EarlyStopping):
+        raise TypeError(f"early_stopping must be an EarlyStopping, True or None; got {early_stopping!r}")
     score = "val_accuracy" if net.architecture.loss.task == "classification" else "val_r2"
     metrics = ["loss", *(["val_loss", score] if validated else [])]
     monitor = stopping.monitor or ("val_loss" if validated else "loss")
@@ -435,7 +443,8 @@ def partial_fit(
     order = np.arange(len(rows))
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
     before = [np.array(net.ops.to_numpy(x)) for x in (net.parameters, *stream.state.values())]
-    total = _trainer(net, job).run(order, schedule.rates(steps), stream.steps, lambda _: True)
+    with _reported_as_divergence():
+        total = _trainer(net, job).run(order, schedule.rates(steps), stream.steps, lambda _: True)
     if not _finite(net, total):
         for x, values in zip((net.parameters, *stream.state.values()), before, strict=True):
             x[...] = net.ops.asarray(values)

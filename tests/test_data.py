@@ -92,6 +92,7 @@ def test_a_memory_map_is_read_mini_batch_by_mini_batch(tmp_path, X, y, monkeypat
     monkeypatch.setattr(data.DenseRows, "take", spy)
     result = trained(mapped, y)
     assert max(len(rows) for rows in taken) <= 8
+    assert np.shares_memory(data.as_rows(mapped, FEATURES, "float32").x, mapped)
     assert np.array_equal(result, trained(X, y))
 
 
@@ -168,6 +169,20 @@ def test_bad_inputs_are_refused(case, method, X, y):
     net = make_net()
     target = () if method.startswith("predict") else (y,)
     assert_refused(net, lambda: getattr(net, method)(spoil(X), *target), error, message)
+
+
+def test_the_row_of_a_bad_number_is_counted_over_all_chunks(X, monkeypatch):
+    monkeypatch.setattr("backprop_gpu.data.CHUNK", 10)
+    with pytest.raises(ValueError, match="nan at row 3, column 2"):
+        make_net().predict(with_value(X, np.nan))
+
+
+def test_probability_rows_are_divided_by_their_sum(X):
+    p = np.random.default_rng(3).dirichlet(np.ones(CLASSES), N)
+    net = make_net(dtype="float64")
+    exact, rough = net.backprop(X, p), net.backprop(X, 1.0005 * p)
+    assert np.abs(rough.delta[1] - exact.delta[1]).max() <= 1e-15
+    assert rough.loss == pytest.approx(exact.loss, rel=1e-13)
 
 
 def spoiled(y, value):

@@ -32,14 +32,14 @@ def error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-def by_hand(net, X, y, optimizer, batches, w=None):
+def by_hand(net, X, y, optimizer, batches, w=None, first_step=0):
     """Training as one would write it with the operations: backprop, then update."""
     ops = net.ops
     state = {slot: ops.zeros(net.parameters.shape, net.dtype) for slot in optimizer.slots}
     losses = []
     for step, batch in enumerate(batches):
         weight = None if w is None else w[batch]
-        grads = net.backprop(X[batch], y[batch], sample_weight=weight, dropout_step=step)
+        grads = net.backprop(X[batch], y[batch], sample_weight=weight, dropout_step=first_step + step)
         ops.update(
             net.parameters,
             grads.gradients,
@@ -116,6 +116,29 @@ def test_validation_fraction_holds_rows_out_of_training(X, y):
     history = net.fit(X, y, epochs=4, validation_fraction=0.25)
     assert history.rows == N - round(0.25 * N)
     assert len(history["val_loss"]) == len(history["val_accuracy"]) == len(history["loss"]) == 4
+
+
+def test_the_smallest_fraction_holds_out_one_row_and_the_others_keep_their_order(X, y, monkeypatch):
+    from backprop_gpu import training
+
+    orders = []
+    run = training.OperationTrainer.run
+    monkeypatch.setattr(
+        training.OperationTrainer, "run", lambda self, order, *rest: orders.append(order) or run(self, order, *rest)
+    )
+    history = make_net().fit(X, y, epochs=1, validation_fraction=1e-9, shuffle=False)
+    assert history.rows == len(orders[0]) == N - 1
+    assert (np.diff(orders[0]) > 0).all()
+
+
+def test_a_second_fit_goes_on_with_new_dropout_masks_and_a_fresh_optimizer(X, y):
+    net, expected = make_net(dropout=0.4), make_net(dropout=0.4)
+    for _ in range(2):
+        net.fit(X, y, epochs=1, batch_size=N, shuffle=False, optimizer=bp.Adam(0.01))
+    assert net.steps_taken == 2
+    for step in range(2):
+        by_hand(expected, X, y, bp.Adam(0.01), [np.arange(N)], first_step=step)
+    assert error(net.parameters, expected.parameters) <= 1e-12
 
 
 def test_validation_data_is_what_evaluate_says(X, y):
@@ -251,7 +274,7 @@ def test_a_second_ctrl_c_raises(X, y):
 def test_a_diverging_run_stops_and_keeps_the_last_finite_parameters(optimizer, X, y):
     kept = []
     net = make_net(loss="squared_error")
-    with np.errstate(all="ignore"), pytest.raises(bp.DivergenceError, match=r"in epoch \d+; .*learning_rate") as caught:
+    with pytest.raises(bp.DivergenceError, match=r"in epoch \d+; .*learning_rate") as caught:
         net.fit(
             X,
             np.eye(CLASSES)[y],
@@ -265,11 +288,19 @@ def test_a_diverging_run_stops_and_keeps_the_last_finite_parameters(optimizer, X
     assert len(caught.value.history) == len(kept)
 
 
+def test_parameters_that_overflow_in_the_last_update_count_as_divergence(X, y):
+    net = make_net(dtype="float32")
+    before = net.parameters.copy()
+    with pytest.raises(bp.DivergenceError, match="in epoch 1"):
+        net.fit(1e3 * X, y, epochs=1, batch_size=N, optimizer=bp.SGD(1e38))
+    assert np.array_equal(net.parameters, before)
+
+
 def test_a_diverging_stream_keeps_the_last_finite_parameters(X, y):
     net = make_net(loss="squared_error")
     net.partial_fit(X, np.eye(CLASSES)[y])
     before, state = net.parameters.copy(), {k: v.copy() for k, v in net.stream.state.items()}
-    with np.errstate(all="ignore"), pytest.raises(bp.DivergenceError):
+    with pytest.raises(bp.DivergenceError):
         net.partial_fit(X, np.eye(CLASSES)[y], batch_size=2, optimizer=bp.Adam(1e300))
     assert np.array_equal(net.parameters, before)
     assert all(np.array_equal(net.stream.state[k], state[k]) for k in state)
@@ -290,6 +321,8 @@ def test_a_diverging_stream_keeps_the_last_finite_parameters(X, y):
         ({"validation_fraction": 0.999}, ValueError, "leaves none to train on"),
         ({"validation_fraction": float("nan")}, ValueError, "validation_fraction"),
         ({"early_stopping": bp.EarlyStopping(monitor="los")}, ValueError, "did you mean 'loss'"),
+        ({"early_stopping": 0}, TypeError, "early_stopping must be an EarlyStopping, True or None; got 0"),
+        ({"early_stopping": 5}, TypeError, "early_stopping must be an EarlyStopping, True or None; got 5"),
         ({"callbacks": print}, TypeError, "list of functions"),
         ({"callbacks": ["print"]}, TypeError, "list of functions"),
     ],

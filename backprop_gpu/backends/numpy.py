@@ -51,8 +51,9 @@ class NumpyBackend(Backend):
 
     def sum_squares(self, x: Array) -> float:
         """Σ x², in float64."""
-        x = x.astype(np.float64, copy=False)
-        return float(np.dot(x.ravel(), x.ravel()))
+        x = x.astype(np.float64, copy=False).ravel()
+        with np.errstate(over="ignore"):
+            return float(np.dot(x, x))
 
     def _dense_forward(
         self,
