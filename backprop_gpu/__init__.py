@@ -1,7 +1,7 @@
 """Train multilayer perceptrons at hardware speed, with every z, a and ∂C/∂z in sight."""
 
 from backprop_gpu.activations import ACTIVATIONS
-from backprop_gpu.backends import backends, get_backend
+from backprop_gpu.backends.selection import backends, get_backend
 from backprop_gpu.gradcheck import gradcheck
 from backprop_gpu.history import DivergenceError, History
 from backprop_gpu.losses import AbsoluteError, BinaryCrossEntropy, CrossEntropy, Huber, Poisson, SquaredError

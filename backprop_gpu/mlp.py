@@ -19,8 +19,8 @@ import numpy.typing as npt
 from backprop_gpu import data, storage, training
 from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
-from backprop_gpu.backends import select
 from backprop_gpu.backends.contract import Array, Dropout
+from backprop_gpu.backends.selection import select
 from backprop_gpu.checks import integer
 from backprop_gpu.data import Rows
 from backprop_gpu.history import History

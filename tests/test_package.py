@@ -74,24 +74,3 @@ def test_imports_run_one_way():
     order = list(TopologicalSorter(graph).static_order())
     assert order.index("backprop_gpu.mlp") > order.index("backprop_gpu.training")
     assert order.index("backprop_gpu.training") > order.index("backprop_gpu.backends.contract")
-
-
-def test_only_backends_are_asked_what_works_here():
-    names = [status.name for status in bp.backends()]
-    assert names == ["cuda", "numba-cuda", "cpu", "numpy"]
-    assert all(status.works or status.reason for status in bp.backends())
-    assert str(bp.backends()[-1]) == "numpy: works"
-
-
-def test_a_backend_that_cannot_work_says_so_with_the_way_out():
-    for status in bp.backends():
-        if not status.works:
-            with pytest.raises(RuntimeError, match=r"cannot work here.*backend='auto'"):
-                bp.get_backend(status.name)
-    with pytest.raises(ValueError, match="did you mean 'numpy'"):
-        bp.get_backend("nunpy")
-
-
-def test_auto_takes_the_first_that_works():
-    expected = next(status.name for status in bp.backends() if status.works)
-    assert bp.get_backend().name == bp.get_backend("auto").name == bp.MLP([2, 2]).backend == expected
