@@ -39,8 +39,8 @@ class LayerCheck:
 
     @property
     def worst(self) -> float:
-        """The larger of the two errors."""
-        return max(self.dW, self.db)
+        """The larger of the two errors; NaN where one is."""
+        return float(np.max([self.dW, self.db]))
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class GradCheck:
 
     @property
     def worst(self) -> float:
-        """The worst relative error of all layers."""
-        return max(layer.worst for layer in self.layers)
+        """The worst relative error of all layers; NaN where one is."""
+        return float(np.max([layer.worst for layer in self.layers]))
 
     @property
     def checked(self) -> int:

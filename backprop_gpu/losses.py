@@ -15,6 +15,7 @@ from backprop_gpu.names import lookup, unknown
 
 __all__ = [
     "LOSSES",
+    "OUTPUT_ACTIVATIONS",
     "AbsoluteError",
     "BinaryCrossEntropy",
     "CrossEntropy",
@@ -121,6 +122,10 @@ class Poisson(Loss):
 LOSSES: dict[str, type[Loss]] = {
     loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, SquaredError, AbsoluteError, Huber, Poisson)
 }
+
+
+OUTPUT_ACTIVATIONS = dict.fromkeys(name for loss in LOSSES.values() for name in loss.output_activations)
+"""Every activation that an output layer may have: those of `ACTIVATIONS`, softmax and exp."""
 
 
 def get(loss: str | Loss) -> Loss:

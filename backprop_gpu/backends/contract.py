@@ -25,6 +25,7 @@ import numpy.typing as npt
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.activations import Activation
 from backprop_gpu.losses import Loss
+from backprop_gpu.names import lookup
 from backprop_gpu.optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class Backend(ABC):
 
         z : (N, n_out); a : (N, n_out), overwritten, allocated if None. Returns a.
         """
+        lookup("output activation", output_activation, losses.OUTPUT_ACTIVATIONS)
         _check_ndim("z", z, 2)
         a = self._output("a", a, z.shape, z)
         self._output_forward(z, output_activation, a)
@@ -206,6 +208,7 @@ class Backend(ABC):
         _check_target(target, z, loss)
         if sample_weight is not None:
             _check_shape("sample_weight", sample_weight, (z.shape[0],))
+            _check_dtype(z, sample_weight=sample_weight)
         delta = self._output("delta", delta, z.shape, z)
         return self._output_delta(z, target, loss, output_activation, sample_weight, delta), delta
 
@@ -269,6 +272,7 @@ class Backend(ABC):
         shape = (a_prev.shape[1], delta.shape[1])
         if alpha:
             _check_shape("W (which alpha multiplies)", W, shape)
+            _check_dtype(a_prev, W=W)
         dW = self._output("dW", dW, shape, a_prev)
         db = self._output("db", db, shape[1:], a_prev)
         self._dense_gradients(a_prev, delta, W, alpha, accumulate, dW, db)

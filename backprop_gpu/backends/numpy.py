@@ -152,8 +152,8 @@ def sigmoid(z: Array) -> Array:
 
 
 def softplus(z: Array) -> Array:
-    """log(1 + exp(z))."""
-    return np.logaddexp(z, _dtype_of(z)(0))
+    """log(1 + exp(z)) = max(z, 0) + log(1 + exp(−|z|)), which cannot overflow."""
+    return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
 
 
 def normal_cdf(z: Array) -> Array:
@@ -323,10 +323,14 @@ def cross_entropy(loss: Any, z: Array, target: Array, output_activation: str) ->
 
 
 def binary_cross_entropy(loss: Any, z: Array, y: Array, output_activation: str) -> Cost:
-    """c = Σₖ log(1 + exp(zₖ)) − yₖzₖ, ∂c/∂z = sigmoid(z) − y."""
+    """c = Σₖ log(1 + exp(zₖ)) − yₖzₖ, ∂c/∂z = sigmoid(z) − y.
+
+    In the order max(z, 0) − yz + log(1 + exp(−|z|)), a confident right answer keeps its small cost.
+    """
     bounded = finite(z)
     with np.errstate(over="ignore"):
-        return (softplus(bounded) - y * bounded).sum(axis=1), sigmoid(z) - y
+        cost = np.maximum(bounded, 0) - y * bounded + np.log1p(np.exp(-np.abs(bounded)))
+        return cost.sum(axis=1), sigmoid(z) - y
 
 
 def poisson(loss: Any, z: Array, y: Array, output_activation: str) -> Cost:
