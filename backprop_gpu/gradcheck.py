@@ -139,7 +139,7 @@ class _Cost:
         sides = [net.ops.to_numpy(forward.z[layer]) > 0 for layer in self.kinked]
         if self.output_kinked:
             sides += self._output_sides(z)
-        return float(cost) + net._penalty(), sides
+        return float(cost) + net._penalty(arch.alpha), sides
 
     def _output_sides(self, z: Any) -> list[npt.NDArray[np.bool_]]:
         net, loss = self.net, self.net.architecture.loss

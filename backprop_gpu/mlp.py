@@ -218,9 +218,10 @@ class MLP:
         sample_weight: Array | None,
         gradients: Array,
         *,
+        alpha: float,
         dropout_step: int | None = None,
     ) -> tuple[float, list[Array]]:
-        """The backward pass: overwrites the flat `gradients`, returns C and δ of every layer."""
+        """The backward pass: overwrites the flat `gradients`, returns C, with ½ alpha Σ W², and δ of every layer."""
         arch, ops = self.architecture, self.ops
         dW, db = arch.views(gradients)
         cost, delta = ops.output_delta(
@@ -236,7 +237,7 @@ class MLP:
                 forward.a_prev[layer],
                 deltas[0],
                 W=self._W[layer],
-                alpha=arch.alpha,
+                alpha=alpha,
                 dW=dW[layer],
                 db=db[layer],
             )
@@ -247,16 +248,16 @@ class MLP:
                     deltas[0], self._W[layer], forward.kept[below], arch.activations[below], dropout=dropout
                 )
                 deltas.insert(0, delta)
-        return float(cost) + self._penalty(), deltas
+        return float(cost) + self._penalty(alpha), deltas
 
     def _dropout(self, layer: int, step: int | None) -> Dropout | None:
         rate = self.architecture.dropout[layer]
         return None if step is None or rate == 0 else Dropout(rate, self.seed, layer, step)
 
-    def _penalty(self) -> float:
+    def _penalty(self, alpha: float) -> float:
         """½ alpha Σ W²."""
-        arch = self.architecture
-        return 0.5 * arch.alpha * float(self.ops.sum_squares(self._parameters[: arch.n_weights])) if arch.alpha else 0.0
+        weights = self._parameters[: self.architecture.n_weights]
+        return 0.5 * alpha * float(self.ops.sum_squares(weights)) if alpha else 0.0
 
     @property
     def _array_dtype(self) -> str:
@@ -283,7 +284,14 @@ class MLP:
         gradients = ops.empty((self.architecture.n_parameters,), self._array_dtype)
         forward = self.forward(ops.asarray(rows.take(slice(None))), dropout_step=dropout_step, every_z=True)
         weight = None if w is None else ops.asarray(w)
-        loss, delta = self.backward(forward, ops.asarray(target), weight, gradients, dropout_step=dropout_step)
+        loss, delta = self.backward(
+            forward,
+            ops.asarray(target),
+            weight,
+            gradients,
+            alpha=self.architecture.alpha,
+            dropout_step=dropout_step,
+        )
         a_out = ops.output_forward(forward.z[-1], self.architecture.output_activation)
         dW, db = self.architecture.views(gradients)
         return Backprop(loss, forward.a_prev, forward.z, [*forward.a_prev[1:], a_out], delta, dW, db, gradients)
@@ -436,7 +444,7 @@ class MLP:
             )
             total += float(cost) * float(w[chunk].sum(dtype=np.float64))
             outputs.append(ops.to_numpy(ops.output_forward(z, arch.output_activation)))
-        loss = total / float(w.sum(dtype=np.float64)) + self._penalty()
+        loss = total / float(w.sum(dtype=np.float64)) + self._penalty(arch.alpha)
         a = np.concatenate(outputs)
         if arch.loss.task == "classification":
             return {"loss": loss, "accuracy": _accuracy(self._labels(a), self._labels(target), w)}

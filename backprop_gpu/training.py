@@ -87,19 +87,20 @@ class OperationTrainer(Trainer):
         self,
         order: Indices,
         learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
         first_step: int,
         after_step: AfterStep,
     ) -> float:
         """See `Trainer.run`."""
         total, size = 0.0, self.job.batch_size
-        for i, learning_rate in enumerate(learning_rates):
+        for i, (learning_rate, alpha) in enumerate(zip(learning_rates, alphas, strict=True)):
             batch = order[i * size : (i + 1) * size]
-            total += self._step(batch, float(learning_rate), first_step + i)
+            total += self._step(batch, float(learning_rate), float(alpha), first_step + i)
             if not (np.isfinite(total) and after_step(len(batch))):
                 break
         return total
 
-    def _step(self, batch: Indices, learning_rate: float, step: int) -> float:
+    def _step(self, batch: Indices, learning_rate: float, alpha: float, step: int) -> float:
         """One update; returns the mini-batch's weight times its loss."""
         net, job, ops = self.net, self.job, self.net.ops
         w = None if job.sample_weight is None else job.sample_weight[batch]
@@ -110,6 +111,7 @@ class OperationTrainer(Trainer):
             ops.asarray(job.target[batch]),
             None if w is None else ops.asarray(w),
             self.gradients,
+            alpha=alpha,
             dropout_step=dropout_step,
         )
         ops.update(
@@ -262,7 +264,7 @@ class _Run:
 
         start = time.perf_counter()
         with _reported_as_divergence():
-            total = self.trainer.run(order, rates, self.step, after_step)
+            total = self.trainer.run(order, rates, _alphas(self.net, self.n_steps), self.step, after_step)
         seconds = time.perf_counter() - start
         if not _finite(self.net, total):
             self._set_parameters(before)
@@ -349,6 +351,10 @@ def _job(
 def _n_steps(n_rows: int, batch_size: int) -> int:
     """Mini-batches in so many rows: the last one may be smaller."""
     return -(-n_rows // batch_size)
+
+
+def _alphas(net: MLP, n_steps: int) -> npt.NDArray[np.float64]:
+    return np.full(n_steps, net.architecture.alpha)
 
 
 def _reported_as_divergence() -> np.errstate:
@@ -444,7 +450,9 @@ def partial_fit(
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
     before = [np.array(net.ops.to_numpy(x)) for x in (net.parameters, *stream.state.values())]
     with _reported_as_divergence():
-        total = _trainer(net, job).run(order, schedule.rates(steps), stream.steps, lambda _: True)
+        total = _trainer(net, job).run(
+            order, schedule.rates(steps), _alphas(net, len(steps)), stream.steps, lambda _: True
+        )
     if not _finite(net, total):
         for x, values in zip((net.parameters, *stream.state.values()), before, strict=True):
             x[...] = net.ops.asarray(values)

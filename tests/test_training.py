@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import backprop_gpu as bp
+from backprop_gpu.backends.contract import TrainingJob
+from backprop_gpu.data import as_rows
+from backprop_gpu.training import OperationTrainer
 
 N, FEATURES, CLASSES = 97, 6, 3
 
@@ -75,6 +78,37 @@ def test_fit_is_backprop_and_update_mini_batch_by_mini_batch(name, X, y):
     assert error(net.parameters, expected.parameters) <= 1e-12
     assert history["loss"] == [pytest.approx(np.average(losses, weights=[w[b].sum() for b in batches]), rel=1e-12)]
     assert not np.array_equal(net.parameters, make_net(**options).parameters)
+
+
+def test_a_trainer_takes_the_rate_and_the_penalty_of_each_step(X, y):
+    net, expected = make_net(alpha=7.0), make_net()
+    ops, optimizer = net.ops, bp.SGD()
+    job = TrainingJob(
+        architecture=net.architecture,
+        parameters=net.parameters,
+        optimizer=optimizer,
+        state={"velocity": ops.zeros(net.parameters.shape, "float64")},
+        rows=as_rows(X, FEATURES, "float64"),
+        target=y.astype(np.int32),
+        sample_weight=None,
+        batch_size=50,
+        seed=net.seed,
+        steps_before=0,
+    )
+    trainer = ops.trainer(job) or OperationTrainer(net, job)
+    rates, alphas = np.array([0.1, 0.2]), np.array([0.5, 0.0])
+    order = np.arange(N)[::-1]
+    total = trainer.run(order, rates, alphas, 0, lambda n_rows: True)
+    loss = 0.0
+    for rate, alpha, batch in zip(rates, alphas, (order[:50], order[50:]), strict=True):
+        grads = expected.backprop(X[batch], y[batch])
+        n_weights = expected.architecture.n_weights
+        weights = expected.parameters[:n_weights].copy()
+        loss += len(batch) * (grads.loss + 0.5 * alpha * (weights**2).sum())
+        expected.parameters[...] -= rate * grads.gradients
+        expected.parameters[:n_weights] -= rate * alpha * weights
+    assert error(net.parameters, expected.parameters) <= 1e-12
+    assert total == pytest.approx(loss, rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(X, y):

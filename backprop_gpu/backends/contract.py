@@ -88,12 +88,14 @@ class Trainer(ABC):
         self,
         order: npt.NDArray[np.int64],
         learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
         first_step: int,
         after_step: AfterStep,
     ) -> float:
         """One update for each successive `batch_size` entries of `order`, the last batch taking what is left.
 
-        `learning_rates` has one rate per step, `first_step` is the number of updates made in this run before. Returns
+        `learning_rates` and `alphas` (the L2 penalty's, in place of the architecture's) have one entry per step;
+        `first_step` is the number of updates made in this run before. Returns
         Σ over the steps of (total sample weight of the mini-batch) · C; stops early when `after_step` returns False.
         """
 
