@@ -81,7 +81,7 @@ class OperationTrainer(Trainer):
 
     def __init__(self, net: MLP, job: TrainingJob) -> None:
         self.net, self.job = net, job
-        self.gradients = net.ops.empty(job.parameters.shape, str(job.parameters.dtype))
+        self.gradients = net.ops.empty(job.parameters.shape, job.parameters.dtype)
 
     def run(
         self,
@@ -131,7 +131,7 @@ def _trainer(net: MLP, job: TrainingJob) -> Trainer:
 
 
 def _zero_state(net: MLP, optimizer: Optimizer) -> dict[str, Array]:
-    shape, dtype = net.parameters.shape, str(net.parameters.dtype)
+    shape, dtype = net.parameters.shape, net.parameters.dtype
     return {slot: net.ops.zeros(shape, dtype) for slot in optimizer.slots}
 
 

@@ -113,11 +113,11 @@ class Backend(ABC):
         """`x` as a C-contiguous array of this backend, copied only where it has to be."""
 
     @abstractmethod
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """An array with unspecified contents."""
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array with unspecified contents; `dtype` is a name, or an array's own dtype."""
 
     @abstractmethod
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array of zeros."""
 
     @abstractmethod
@@ -384,7 +384,7 @@ class Backend(ABC):
     def _output(self, name: str, out: Array | None, shape: tuple[int, ...], like: Array) -> Array:
         """The output given by the caller, checked, or a new one."""
         if out is None:
-            return self.empty(shape, str(like.dtype))
+            return self.empty(shape, like.dtype)
         _check_shape(name, out, shape)
         _check_dtype(like, **{name: out})
         return out

@@ -37,11 +37,11 @@ class NumpyBackend(Backend):
         """`x` as a C-contiguous NumPy array."""
         return np.ascontiguousarray(x, dtype)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
         return np.empty(shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros."""
         return np.zeros(shape, dtype)
 
@@ -289,17 +289,17 @@ def finite(z: Array) -> Array:
 
 
 def softmax(z: Array) -> Array:
-    """exp(zₖ) / Σⱼ exp(zⱼ) over each row, shifted by its largest z."""
-    z = finite(z)
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
+    """exp(zₖ) / Σⱼ exp(zⱼ) over each row."""
+    return softmax_and_log(z)[0]
 
 
-def log_softmax(z: Array) -> Array:
-    """log softmax(z), from the same shift."""
+def softmax_and_log(z: Array) -> tuple[Array, Array]:
+    """softmax(z) and log softmax(z), both from z less its largest entry in the row, whose exp cannot overflow."""
     z = finite(z)
     z = z - z.max(axis=1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    e = np.exp(z)
+    total = e.sum(axis=1, keepdims=True)
+    return e / total, z - np.log(total)
 
 
 def exp(z: Array) -> Array:
@@ -318,8 +318,9 @@ def cross_entropy(loss: Any, z: Array, target: Array, output_activation: str) ->
     n_classes = z.shape[1]
     t = np.eye(n_classes, dtype=z.dtype)[target] if target.ndim == 1 else target
     t = (1 - loss.label_smoothing) * t + loss.label_smoothing / n_classes
+    p, log_p = softmax_and_log(z)
     with np.errstate(over="ignore"):
-        return -(t * log_softmax(z)).sum(axis=1), softmax(z) - t
+        return -(t * log_p).sum(axis=1), p - t
 
 
 def binary_cross_entropy(loss: Any, z: Array, y: Array, output_activation: str) -> Cost:
