@@ -11,6 +11,8 @@ import backprop_gpu as bp
 
 N, FEATURES, CLASSES = 37, 5, 3
 
+pytestmark = pytest.mark.usefixtures("on_every_backend")
+
 
 @pytest.fixture
 def X():

@@ -9,6 +9,8 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu.architecture import Architecture
 
+pytestmark = pytest.mark.usefixtures("on_every_backend")
+
 
 @pytest.fixture
 def rng():

@@ -20,6 +20,8 @@ import backprop_gpu as bp
 
 N, FEATURES, CLASSES = 61, 4, 3
 
+pytestmark = pytest.mark.usefixtures("on_every_backend")
+
 
 @pytest.fixture
 def X():

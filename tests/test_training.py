@@ -14,6 +14,8 @@ from backprop_gpu.training import OperationTrainer
 
 N, FEATURES, CLASSES = 97, 6, 3
 
+pytestmark = pytest.mark.usefixtures("on_every_backend")
+
 
 @pytest.fixture
 def X():
@@ -78,6 +80,20 @@ def test_fit_is_backprop_and_update_mini_batch_by_mini_batch(name, X, y):
     assert error(net.parameters, expected.parameters) <= 1e-12
     assert history["loss"] == [pytest.approx(np.average(losses, weights=[w[b].sum() for b in batches]), rel=1e-12)]
     assert not np.array_equal(net.parameters, make_net(**options).parameters)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-3)])
+def test_100_steps_are_those_of_the_reference(name, dtype, tolerance, X, y):
+    """Trained alike, on this backend in this dtype and by the NumPy reference in float64, the loss curves agree."""
+    options = {"dropout": 0.2, "alpha": 1e-3, "activation": "gelu"}
+    net, reference = make_net(dtype=dtype, **options), make_net(backend="numpy", **options)
+    settings = {"epochs": 20, "batch_size": 20, "optimizer": OPTIMIZERS[name]}
+    curve, expected = (np.array(each.fit(X, y, **settings)["loss"]) for each in (net, reference))
+    assert net.steps_taken == 100
+    assert np.isfinite(curve).all()
+    assert np.abs(curve / expected - 1).max() <= tolerance
+    assert np.ptp(expected) > 0.1
 
 
 def test_a_trainer_takes_the_rate_and_the_penalty_of_each_step(X, y):

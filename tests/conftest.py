@@ -1,0 +1,158 @@
+"""What the tests share: this machine's backends, the tolerance table, and formulas to compare with.
+
+Tests of the operations take `backend` and `dtype`; a new module in `backprop_gpu/backends/` is covered by existing.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import expit, log_expit, ndtr
+
+import backprop_gpu as bp
+from backprop_gpu.backends import selection
+
+GPU_BACKENDS = ("cuda", "numba-cuda")
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+"""Largest error of an operation by dtype, relative to the largest entry of its float64 reference."""
+
+
+def _parameters(statuses):
+    return [pytest.param(s, id=s.name, marks=[pytest.mark.gpu] if s.name in GPU_BACKENDS else []) for s in statuses]
+
+
+@pytest.fixture(scope="session", params=_parameters(status for status in bp.backends() if status.works))
+def backend(request):
+    """The operations of every backend that works on this machine."""
+    return bp.get_backend(request.param.name)
+
+
+@pytest.fixture
+def on_every_backend(backend, monkeypatch):
+    """Makes each backend in turn the one that "auto" takes, for tests of what stands above the operations."""
+    modules = {backend.name: selection.MODULES[backend.name], **selection.MODULES}
+    monkeypatch.setattr(selection, "MODULES", modules)
+
+
+@pytest.fixture(scope="session", params=_parameters(bp.backends()))
+def backend_status(request):
+    """The status of every backend that there is, working or not."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=TOLERANCE)
+def dtype(request, backend):
+    """Every dtype of the tolerance table that the backend computes in."""
+    if request.param not in backend.dtypes:
+        pytest.skip(f"{backend.name} does not compute in {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tolerance(dtype):
+    """The tolerance table's entry for `dtype`."""
+    return TOLERANCE[dtype]
+
+
+@pytest.fixture
+def draw(dtype):
+    """draw(*shape): normal random numbers in float64 that `dtype` holds exactly, so rounding them costs nothing.
+
+    The first is always 0.75, so that arrays of one entry do not end on relu's flat side.
+    """
+    rng = np.random.default_rng(20250)
+
+    def draw(*shape, scale=1.0):
+        x = scale * rng.standard_normal(shape)
+        x.flat[0] = 0.75
+        return x.astype(dtype).astype(np.float64)
+
+    return draw
+
+
+@pytest.fixture
+def put(backend, dtype):
+    """put(x): a copy of the host array `x` on the backend, in `dtype`.
+
+    With offset=k it is a view that starts k entries into a larger array, as W[l] and b[l] are views into the flat
+    parameters: C-contiguous, but not aligned to more than one entry.
+    """
+
+    def put(x, offset=0, dtype=dtype):
+        x = np.asarray(x)
+        flat = backend.zeros((x.size + offset,), dtype)
+        view = flat[offset : offset + x.size].reshape(x.shape)
+        view[...] = backend.asarray(x, dtype)
+        return view
+
+    return put
+
+
+@pytest.fixture
+def assert_close(backend, tolerance):
+    """assert_close(actual, expected): within the tolerance of a finite reference that is not all zero."""
+
+    def assert_close(actual, expected, tolerance=tolerance):
+        actual, expected = np.asarray(backend.to_numpy(actual), np.float64), np.asarray(expected)
+        assert expected.dtype == np.float64
+        assert actual.shape == expected.shape
+        assert np.isfinite(expected).all()
+        assert np.abs(expected).max() > 0
+        assert np.isfinite(actual).all()
+        assert np.abs(actual - expected).max() / np.abs(expected).max() <= tolerance
+
+    return assert_close
+
+
+# σ and σ′ from SciPy and the textbook, in other forms than the library's where there are any, for moderate z
+
+SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+
+def _softplus(z):
+    return -log_expit(-z)
+
+
+def _tanh_gate(z):
+    """(tanh u, u′) of gelu_tanh."""
+    c = math.sqrt(2 / math.pi)
+    return np.tanh(c * (z + 0.044715 * z**3)), c * (1 + 3 * 0.044715 * z**2)
+
+
+def _gelu_tanh_derivative(z):
+    t, slope = _tanh_gate(z)
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * slope
+
+
+def _mish_derivative(z):
+    """e^z ω / δ² (Misra, 2019)."""
+    e = np.exp(z)
+    omega = 4 * (z + 1) + 4 * e**2 + e**3 + e * (4 * z + 6)
+    return e * omega / (2 * e + e**2 + 2) ** 2
+
+
+SIGMA = {
+    "identity": (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.where(z > 0, z, 0.0), lambda z: np.where(z > 0, 1.0, 0.0)),
+    "leaky_relu": (lambda z: np.where(z > 0, z, z / 100), lambda z: np.where(z > 0, 1.0, 0.01)),
+    "elu": (lambda z: np.where(z > 0, z, np.exp(z) - 1), lambda z: np.where(z > 0, 1.0, np.exp(z))),
+    "selu": (
+        lambda z: SELU_SCALE * np.where(z > 0, z, SELU_ALPHA * (np.exp(z) - 1)),
+        lambda z: SELU_SCALE * np.where(z > 0, 1.0, SELU_ALPHA * np.exp(z)),
+    ),
+    "sigmoid": (expit, lambda z: expit(z) * expit(-z)),
+    "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
+    "softplus": (_softplus, expit),
+    "silu": (lambda z: z * expit(z), lambda z: expit(z) * (1 + z * expit(-z))),
+    "gelu": (lambda z: z * ndtr(z), lambda z: ndtr(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)),
+    "gelu_tanh": (lambda z: 0.5 * z * (1 + _tanh_gate(z)[0]), _gelu_tanh_derivative),
+    "mish": (lambda z: z * np.tanh(_softplus(z)), _mish_derivative),
+    "sine": (np.sin, np.cos),
+}
+
+
+@pytest.fixture(scope="session")
+def sigma():
+    """(σ, σ′) of every activation by name, as functions of a float64 z."""
+    return SIGMA
