@@ -11,6 +11,7 @@ from scipy.special import expit, log_expit, ndtr
 
 import backprop_gpu as bp
 from backprop_gpu.backends import selection
+from backprop_gpu.backends.numpy import DERIVATIVE, FORWARD
 
 GPU_BACKENDS = ("cuda", "numba-cuda")
 
@@ -154,5 +155,14 @@ SIGMA = {
 
 @pytest.fixture(scope="session")
 def sigma():
-    """(σ, σ′) of every activation by name, as functions of a float64 z."""
-    return SIGMA
+    """(σ, σ′) of every activation by name, as functions of a float64 z.
+
+    One that the table above lacks is compared with the NumPy reference, which finite differences check.
+    """
+    return {name: SIGMA.get(name) or _reference(name) for name in bp.ACTIVATIONS}
+
+
+def _reference(name):
+    forward, derivative = FORWARD[name], DERIVATIVE[name]
+    from_z = bp.ACTIVATIONS[name].derivative_from == "z"
+    return forward, derivative if from_z else lambda z: derivative(forward(z))

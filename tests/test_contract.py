@@ -237,10 +237,27 @@ def test_a_dtype_of_its_own_is_refused(backend, dtype, arrays, call, operation, 
         call(operation, given)
 
 
+def test_arrays_of_integers_are_refused(backend):
+    ones = [backend.asarray(np.ones(shape), "int32") for shape in ((2, 3), (3, 4), (4,))]
+    with pytest.raises(TypeError, match="floating-point arrays.*got int32"):
+        backend.dense_forward(*ones, "tanh")
+    with pytest.raises(TypeError, match="floating-point arrays.*got int32"):
+        backend.output_forward(ones[0], "softmax")
+
+
+@pytest.mark.parametrize(("settings", "blamed"), [({"step": 0}, "step"), ({"n_weights": 8}, "n_weights")])
+def test_an_update_before_the_first_or_with_too_many_weights_is_refused(backend, put, settings, blamed):
+    parameters, gradients, m, v = (put(np.ones(7)) for _ in range(4))
+    settings = {"learning_rate": 0.1, "step": 1, "n_weights": 7, **settings}
+    with pytest.raises(ValueError, match=rf"\b{blamed} must be"):
+        backend.update(parameters, gradients, {"m": m, "v": v}, "adam", **settings)
+    assert (backend.to_numpy(parameters) == 1).all()
+
+
 @pytest.mark.parametrize("label_dtype", ["int64", "float64", "uint8"])
 def test_labels_must_be_int32(backend, put, call, label_dtype):
     labels = backend.asarray(np.zeros(N), label_dtype)
-    with pytest.raises(TypeError, match=f"labels must be int32.*got {label_dtype}"):
+    with pytest.raises(TypeError, match=rf"\btarget must hold int32 labels.*got {label_dtype}"):
         call("output_delta", {"z": put(np.ones((N, N_OUT))), "target": labels}, loss="cross_entropy")
 
 

@@ -229,9 +229,10 @@ def test_softmax_at_the_edges(backend, put):
             [np.inf, 1, np.inf],
             [-np.inf, 1, 1],
             [1e30, 1e30, -np.inf],
+            [3e38, 1e38, 0],
         ]
     )
-    expected = [[1, 0, 0], [1, 0, 0], [1 / 3] * 3, [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.5, 0]]
+    expected = [[1, 0, 0], [1, 0, 0], [1 / 3] * 3, [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.5, 0], [1, 0, 0]]
     a = backend.to_numpy(backend.output_forward(put(z), "softmax"))
     assert np.isfinite(a).all()
     assert np.abs(a - expected).max() <= 1e-7
@@ -450,6 +451,18 @@ def test_updates_by_tiny_and_large_gradients_are_finite(step, dtype, optimizer, 
 def test_clipping_holds_where_the_norm_is_beyond_float32(step, tolerance):
     parameters, _ = step(bp.SGD(clip_norm=5.0), np.array([3e30, -4e30]), np.zeros(2))
     assert np.abs(parameters - [-1.5, 2.0]).max() <= 2 * tolerance
+
+
+@every_optimizer
+def test_a_norm_too_large_for_any_number_shows_as_nan(step, optimizer):
+    parameters, _ = step(optimizer(clip_norm=5.0), np.array([np.inf, 1.0]))
+    assert np.isnan(parameters).all()
+
+
+@pytest.mark.parametrize("optimizer", [bp.Adam, bp.AdamW, bp.RMSprop])
+def test_a_second_moment_that_overflows_makes_no_nan_and_no_warning(step, dtype, optimizer):
+    parameters, _ = step(optimizer(), np.array([0.9 * float(np.finfo(dtype).max), 1.0]))
+    assert np.isfinite(parameters).all()
 
 
 # Dropout

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.activations import Activation
+from backprop_gpu.checks import integer
 from backprop_gpu.losses import Loss
 from backprop_gpu.names import lookup
 from backprop_gpu.optimizers import Optimizer
@@ -303,7 +304,10 @@ class Backend(ABC):
         """
         optimizer = optimizers.get(optimizer)
         _check_ndim("parameters", parameters, 1)
-        slots = {slot: state[slot] for slot in optimizer.slots}
+        integer("step", step, at_least=1)
+        if not 0 <= n_weights <= parameters.shape[0]:
+            raise ValueError(f"n_weights must be in [0, {parameters.shape[0]}], the parameters; got {n_weights}")
+        slots = {slot: state.get(slot) for slot in optimizer.slots}
         for name, vector in {"gradients": gradients, **slots}.items():
             _check_shape(name, vector, parameters.shape)
         _check_dtype(parameters, gradients=gradients, **slots)
@@ -382,7 +386,9 @@ class Backend(ABC):
     ) -> None: ...
 
     def _output(self, name: str, out: Array | None, shape: tuple[int, ...], like: Array) -> Array:
-        """The output given by the caller, checked, or a new one."""
+        """The output given by the caller, checked, or a new one; TypeError where the inputs are no real numbers."""
+        if like.dtype.kind in "biuc":
+            raise TypeError(f"operations take floating-point arrays ({' or '.join(self.dtypes)}); got {like.dtype}")
         if out is None:
             return self.empty(shape, like.dtype)
         _check_shape(name, out, shape)
@@ -419,7 +425,7 @@ def _check_target(target: Array, z: Array, loss: Loss) -> None:
     if loss.name == "cross_entropy" and target.ndim == 1:
         _check_shape("target", target, (z.shape[0],))
         if target.dtype != np.int32:
-            raise TypeError(f"labels must be int32, or a (N, n_out) array of probabilities; got {target.dtype}")
+            raise TypeError(f"target must hold int32 labels, or be (N, n_out) probabilities; got {target.dtype}")
     else:
         _check_shape("target", target, tuple(z.shape))
         _check_dtype(z, target=target)

@@ -137,9 +137,10 @@ class NumpyBackend(Backend):
     ) -> None:
         if optimizer.clip_norm is not None:
             norm = math.sqrt(self.sum_squares(gradients))
-            if not norm <= optimizer.clip_norm:  # a NaN norm makes every gradient NaN, and shows
-                gradients *= optimizer.clip_norm / norm
-        UPDATES[type(optimizer)](parameters, gradients, state, optimizer, learning_rate, step, n_weights)
+            if not norm <= optimizer.clip_norm:  # a norm that is not finite makes every gradient NaN, and shows
+                gradients *= optimizer.clip_norm / norm if math.isfinite(norm) else math.nan
+        with np.errstate(over="ignore"):  # of g²: an infinite second moment makes an update of 0
+            UPDATES[type(optimizer)](parameters, gradients, state, optimizer, learning_rate, step, n_weights)
 
 
 # Activations: a = σ(z)
@@ -294,9 +295,13 @@ def softmax(z: Array) -> Array:
 
 
 def softmax_and_log(z: Array) -> tuple[Array, Array]:
-    """softmax(z) and log softmax(z), both from z less its largest entry in the row, whose exp cannot overflow."""
-    z = finite(z)
-    z = z - z.max(axis=1, keepdims=True)
+    """softmax(z) and log softmax(z), both from z less its largest entry in the row, whose exp cannot overflow.
+
+    An entry of +∞ takes all the probability, several share it; one of −∞ gets none, and a large finite cost.
+    """
+    largest = z.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        z = np.maximum(np.where(z == largest, 0, z - largest), np.finfo(z.dtype).min / 4)
     e = np.exp(z)
     total = e.sum(axis=1, keepdims=True)
     return e / total, z - np.log(total)
