@@ -239,9 +239,9 @@ def test_a_dtype_of_its_own_is_refused(backend, dtype, arrays, call, operation, 
 
 def test_arrays_of_integers_are_refused(backend):
     ones = [backend.asarray(np.ones(shape), "int32") for shape in ((2, 3), (3, 4), (4,))]
-    with pytest.raises(TypeError, match="floating-point arrays.*got int32"):
+    with pytest.raises(TypeError, match=r"floating-point arrays.*got int32"):
         backend.dense_forward(*ones, "tanh")
-    with pytest.raises(TypeError, match="floating-point arrays.*got int32"):
+    with pytest.raises(TypeError, match=r"floating-point arrays.*got int32"):
         backend.output_forward(ones[0], "softmax")
 
 
