@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from backprop_gpu.losses import Loss
 
-__all__ = ["Rows", "as_rows", "as_sample_weight", "as_target", "require_two_classes"]
+__all__ = ["Rows", "as_rows", "as_sample_weight", "as_target", "chunks", "require_two_classes"]
 
 Array: TypeAlias = Any
 
@@ -209,7 +209,7 @@ def _require_finite(x: Array, dtype: str, name: str) -> None:
     """Every entry of a matrix is finite, and stays so in `dtype`; looked at chunk by chunk."""
     if x.dtype.kind != "f":
         return
-    for start, block in _chunks(x):
+    for start, block in chunks(x):
         with np.errstate(over="ignore"):
             bad = ~np.isfinite(block.astype(dtype, copy=False))
         if bad.any():
@@ -219,7 +219,8 @@ def _require_finite(x: Array, dtype: str, name: str) -> None:
             raise ValueError(f"{name} must be finite; got {what} at row {start + row}, column {column}")
 
 
-def _chunks(x: Array) -> Iterator[tuple[int, Array]]:
+def chunks(x: Array) -> Iterator[tuple[int, Array]]:
+    """(first row, rows) of a matrix, about `CHUNK` entries at a time."""
     rows = max(1, CHUNK // max(1, x.shape[1]))
     for start in range(0, len(x), rows):
         yield start, x[start : start + rows]

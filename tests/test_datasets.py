@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import backprop_gpu as bp
-from backprop_gpu import datasets
-from backprop_gpu.datasets import Dataset, Scaling
+from backprop_gpu import datasets, tables
+from backprop_gpu.datasets import Dataset
+from backprop_gpu.scaling import Scaling
 
 rng = np.random.default_rng(7)
 IMAGES = rng.integers(0, 256, (6, 3, 2), dtype=np.uint8)
@@ -114,7 +115,7 @@ def test_csv_target_by_name_or_index(write, target):
 
 
 def test_csv_of_more_rows_than_are_converted_at_a_time(write, monkeypatch):
-    monkeypatch.setattr(datasets, "CSV_ROWS", 3)
+    monkeypatch.setattr(tables, "CSV_ROWS", 3)
     X = np.arange(22.0).reshape(11, 2)
     text = "a,b,y\n" + "".join(f"{a},{b},{i % 2}\n" for i, (a, b) in enumerate(X))
     np.testing.assert_array_equal(datasets.load(write("d.csv", text)).X, X)
