@@ -75,6 +75,11 @@ class Architecture:
         return len(self.layer_sizes) - 1
 
     @property
+    def sigmas(self) -> tuple[str, ...]:
+        """Name of the activation of every layer, the output layer included."""
+        return (*(activation.name for activation in self.activations), self.output_activation)
+
+    @property
     def n_weights(self) -> int:
         """How many of the parameters are weights: the first ones."""
         return sum(n_in * n_out for n_in, n_out in pairwise(self.layer_sizes))
@@ -95,19 +100,23 @@ class Architecture:
             start += n_out
         return tuple(W), tuple(b)
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the tensors of a model file, in the order of the flat vector: W.0, W.1, …, b.0, b.1, …."""
+        return tuple(f"{kind}.{layer}" for kind in "Wb" for layer in range(self.n_layers))
+
     def tensors(self, flat: Any) -> dict[str, Any]:
-        """A flat vector of this layout as the named tensors of a model file: W.0, W.1, …, b.0, b.1, …."""
+        """A flat vector of this layout as the tensors of a model file."""
         W, b = self.views(flat)
-        return {f"W.{layer}": x for layer, x in enumerate(W)} | {f"b.{layer}": x for layer, x in enumerate(b)}
+        return dict(zip(self.tensor_names, (*W, *b), strict=True))
 
     def flatten(self, tensors: Mapping[str, Any]) -> npt.NDArray[Any]:
         """The flat vector out of a model file's tensors; ValueError or KeyError where they are not of this layout."""
-        shapes: dict[str, tuple[int, ...]] = {f"W.{i}": shape for i, shape in enumerate(pairwise(self.layer_sizes))}
-        shapes |= {f"b.{i}": (n_out,) for i, n_out in enumerate(self.layer_sizes[1:])}
-        for name, shape in shapes.items():
+        shapes = [*pairwise(self.layer_sizes), *((n_out,) for n_out in self.layer_sizes[1:])]
+        for name, shape in zip(self.tensor_names, shapes, strict=True):
             if tensors[name].shape != shape:
                 raise ValueError(f"tensor {name} has shape {tensors[name].shape}, the layer sizes say {shape}")
-        return np.concatenate([tensors[name].ravel() for name in shapes])
+        return np.concatenate([tensors[name].ravel() for name in self.tensor_names])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, for the metadata of a model file."""
@@ -145,6 +154,7 @@ def _layer_sizes(layer_sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _per_hidden_layer(name: str, value: Any, n_hidden: int) -> list[Any]:
     """One value for all hidden layers, or one for each."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(value, str | Activation) or not isinstance(value, Sequence):
         return [value] * n_hidden if n_hidden else _check_unused(name, value)
     if len(value) != n_hidden:

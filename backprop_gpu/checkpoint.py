@@ -16,7 +16,7 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.history import History
 from backprop_gpu.storage import PathLike
 
-__all__ = ["Checkpoint", "checksum", "read", "write"]
+__all__ = ["MALFORMED", "Checkpoint", "checksum", "generator", "read", "write"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -44,12 +44,16 @@ class Checkpoint:
     """The random state now."""
 
 
-def write(path: PathLike, checkpoint: Checkpoint, model: tuple[dict[str, Array], dict[str, Any]]) -> None:
+def write(
+    path: PathLike, checkpoint: Checkpoint, architecture: Architecture, model: tuple[dict[str, Array], dict[str, Any]]
+) -> None:
     """Write `checkpoint` and the tensors and description of the `model` that it belongs to, atomically."""
     tensors, description = model
-    tensors = tensors | {f"optimizer.{slot}": vector for slot, vector in checkpoint.state.items()}
+    vectors = {f"optimizer.{slot}.": vector for slot, vector in checkpoint.state.items()}
     if checkpoint.best is not None:
-        tensors["best"] = checkpoint.best
+        vectors["best."] = checkpoint.best
+    for prefix, vector in vectors.items():
+        tensors = tensors | {prefix + name: x for name, x in architecture.tensors(vector).items()}
     training = {
         "key": checkpoint.key,
         "best_value": checkpoint.best_value,
@@ -74,24 +78,44 @@ def read(path: PathLike, key: dict[str, Any], architecture: Architecture, slots:
     if "training" not in metadata:
         raise ValueError(f"{path} holds a model without a training run to resume; name another file for the checkpoint")
     try:
-        theirs = dict(metadata["training"]["key"])
-        changed = [name for name, ours in json.loads(storage.to_json(key)).items() if theirs.get(name) != ours]
+        theirs, ours = dict(metadata["training"]["key"]), json.loads(storage.to_json(key))
+        changed = [name for name in ours if theirs.get(name) != ours[name]]
         checkpoint = None if changed else _parse(tensors, metadata, architecture, slots)
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from error
     if changed:
+        before, now = _differing(theirs.get(changed[0]), ours[changed[0]])
         raise ValueError(
             f"{path} is the checkpoint of a run with another {' and '.join(changed)} "
-            f"({theirs.get(changed[0])}, now {key[changed[0]]}); name another file, or delete it to start anew"
+            f"({before}, now {now}); name another file, or delete it to start anew"
         )
     return checkpoint
+
+
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+"""What reading JSON of another form than expected may raise."""
+
+
+def generator(state: Any) -> np.random.Generator:
+    """A generator in that state, as `MLP` uses; one of `MALFORMED` where it is none."""
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state
+    return rng
+
+
+def _differing(before: Any, now: Any) -> tuple[Any, Any]:
+    """The entries that differ, where both are dictionaries."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before, now
+    names = [name for name in now if before.get(name) != now[name]]
+    return {name: before.get(name) for name in names}, {name: now[name] for name in names}
 
 
 def checksum(*arrays: Array | None) -> int:
     """Tells one data set from another, well enough to refuse a checkpoint of a run on other data."""
     crc = 0
     for x in arrays:
-        crc = zlib.crc32(b"" if x is None else np.ascontiguousarray(x).tobytes(), crc)
+        crc = zlib.crc32(b"" if x is None else np.ascontiguousarray(x).data, crc)
     return crc
 
 
@@ -99,15 +123,31 @@ def _parse(
     tensors: dict[str, Array], metadata: dict[str, Any], architecture: Architecture, slots: tuple[str, ...]
 ) -> Checkpoint:
     training = metadata["training"]
+
+    def vector(prefix: str) -> Array:
+        return architecture.flatten({name: tensors[prefix + name] for name in architecture.tensor_names})
+
     return Checkpoint(
         key=dict(training["key"]),
-        parameters=architecture.flatten(tensors),
-        state={slot: tensors[f"optimizer.{slot}"] for slot in slots},
-        best=tensors.get("best"),
+        parameters=vector(""),
+        state={slot: vector(f"optimizer.{slot}.") for slot in slots},
+        best=vector("best.") if "best.W.0" in tensors else None,
         best_value=float(training["best_value"]),
-        history=History(**training["history"]),
+        history=_history(training["history"]),
         step=int(training["step"]),
         steps_before=int(training["steps_before"]),
-        start_rng=dict(training["start_rng"]),
-        rng=dict(metadata["rng"]),
+        start_rng=dict(generator(training["start_rng"]).bit_generator.state),
+        rng=dict(generator(metadata["rng"]).bit_generator.state),
     )
+
+
+def _history(values: dict[str, Any]) -> History:
+    """The history, with as many numbers of each metric as there were epochs."""
+    history = History(**values)
+    metrics = {name: [float(value) for value in values] for name, values in history.metrics.items()}
+    if any(len(values) != len(history) for values in metrics.values()):
+        raise ValueError("its metrics are not of one length")
+    best = history.best_epoch
+    if not (best is None or 0 <= best < len(history)):
+        raise ValueError(f"its best epoch is {best} of {len(history)}")
+    return history

@@ -482,8 +482,7 @@ def _tell_plan(
 
 def _layers(net: bp.MLP) -> str:
     arch = net.architecture
-    sigmas = [*(activation.name for activation in arch.activations), arch.output_activation]
-    layers = [f"{size} {sigma}" for size, sigma in zip(arch.layer_sizes[1:], sigmas, strict=True)]
+    layers = [f"{size} {sigma}" for size, sigma in zip(arch.layer_sizes[1:], arch.sigmas, strict=True)]
     chain = " -> ".join([str(arch.layer_sizes[0]), *layers])
     return f"{chain}; {arch.loss.name}, {net.dtype}, {arch.n_parameters:,} parameters"
 

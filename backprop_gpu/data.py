@@ -7,7 +7,7 @@ held dense as a whole. Everything is checked here, so the operations need not.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,8 +55,8 @@ class SparseRows(Rows):
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
-        """These rows, dense."""
-        return np.ascontiguousarray(self.x[indices].toarray(), self.dtype)
+        """These rows, dense, and of `dtype` before they are, which halves the room for float32."""
+        return np.ascontiguousarray(self.x[indices].astype(self.dtype, copy=False).toarray())
 
 
 def as_rows(X: Any, n_features: int, dtype: str, name: str = "X") -> Rows:
@@ -71,7 +71,7 @@ def as_rows(X: Any, n_features: int, dtype: str, name: str = "X") -> Rows:
         _require_numeric(x.dtype, name)
     _require_matrix(x.shape, n_features, name)
     if sparse:
-        _require_finite(x.data.reshape(-1, 1), dtype, f"{name}.data")
+        _require_finite_entries(x, dtype, name)
         return SparseRows(x, dtype)
     _require_finite(x, dtype, name)
     return DenseRows(x if isinstance(x, np.memmap) else np.ascontiguousarray(x, dtype), dtype)
@@ -101,9 +101,10 @@ def as_sample_weight(sample_weight: Any, n_rows: int, dtype: str) -> Array | Non
     if w.shape != (n_rows,):
         raise ValueError(f"sample_weight must have shape ({n_rows},), one weight a row; got {w.shape}")
     _require_finite(w.reshape(-1, 1), dtype, "sample_weight")
+    w = w.astype(dtype)
     if w.min() < 0 or w.max() == 0:
-        raise ValueError("sample_weight must be at least 0 everywhere and above 0 somewhere")
-    return w.astype(dtype)
+        raise ValueError(f"sample_weight must be at least 0 everywhere and above 0, in {dtype}, somewhere")
+    return w
 
 
 def require_two_classes(target: Array, loss: Loss) -> None:
@@ -132,7 +133,16 @@ def _as_numeric(x: Any, name: str) -> Array:
 def _to_numpy(x: Any) -> Array:
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         return np.from_dlpack(x)
-    return np.asarray(x)
+    array = np.asarray(x)
+    return x.to_numpy(dtype=float) if array.dtype == object and _is_numeric_frame(x) else array
+
+
+def _is_numeric_frame(x: Any) -> bool:
+    """A pandas DataFrame of numbers and booleans together, which NumPy by itself holds as objects."""
+    dtypes = getattr(x, "dtypes", ())
+    if not (hasattr(x, "to_numpy") and isinstance(dtypes, Iterable)):
+        return False
+    return all(getattr(dtype, "kind", "O") in "biuf" for dtype in dtypes)
 
 
 def _require_numeric(dtype: np.dtype[Any], name: str) -> None:
@@ -214,9 +224,22 @@ def _require_finite(x: Array, dtype: str, name: str) -> None:
             bad = ~np.isfinite(block.astype(dtype, copy=False))
         if bad.any():
             row, column = (int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
-            value = block[row, column]
-            what = f"{value:g}, too large for {dtype}," if np.isfinite(value) else f"{value:g}"
-            raise ValueError(f"{name} must be finite; got {what} at row {start + row}, column {column}")
+            raise ValueError(_not_finite(name, block[row, column], dtype, start + row, column))
+
+
+def _require_finite_entries(x: Any, dtype: str, name: str) -> None:
+    """`_require_finite` for a CSR matrix."""
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(x.data.astype(dtype, copy=False))
+    if bad.any():
+        entry = int(bad.argmax())
+        row = int(np.searchsorted(x.indptr, entry, side="right")) - 1
+        raise ValueError(_not_finite(name, x.data[entry], dtype, row, int(x.indices[entry])))
+
+
+def _not_finite(name: str, value: Any, dtype: str, row: int, column: int) -> str:
+    what = f"{value:g}, too large for {dtype}," if np.isfinite(value) else f"{value:g}"
+    return f"{name} must be finite; got {what} at row {row}, column {column}"
 
 
 def chunks(x: Array) -> Iterator[tuple[int, Array]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,9 +164,8 @@ def _output_has_kink(net: MLP) -> bool:
 
 def _offsets(net: MLP, layer: int) -> tuple[int, int]:
     """Where W[layer] and b[layer] start in the flat vector."""
-    sizes = net.architecture.layer_sizes
-    W = sum(n_in * n_out for n_in, n_out in pairwise(sizes[: layer + 1]))
-    return W, net.architecture.n_weights + sum(sizes[1 : layer + 1])
+    W, b = net.architecture.views(np.arange(net.architecture.n_parameters))
+    return int(W[layer][0, 0]), int(b[layer][0])
 
 
 def _check_array(

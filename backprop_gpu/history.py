@@ -21,7 +21,7 @@ class History:
     """loss (the mean over the epoch's mini-batches, as differentiated), learning_rate (at the epoch's end), and with
     validation data val_loss and val_accuracy or val_r2."""
     stopped: str = ""
-    """Why the run ended: "epochs", "early stopping", "callback" or "interrupted"."""
+    """Why the run ended: "epochs", "early stopping", "callback", "interrupted" or "diverged"."""
     best_epoch: int | None = None
     """Index of the epoch whose parameters early stopping kept."""
     rows: int = 0
@@ -62,9 +62,13 @@ class DivergenceError(ArithmeticError):
     `history` holds the epochs before; None for a stream.
     """
 
-    def __init__(self, loss: float, where: str, history: History | None = None) -> None:
+    def __init__(self, what: str, where: str, history: History | None = None) -> None:
         super().__init__(
-            f"training diverged: the loss is {loss:g} {where}; the last finite parameters were kept "
+            f"training diverged: {what} not finite {where}; the last finite parameters were kept "
             "(try a smaller learning_rate, clip_norm=1.0, or inputs scaled to about mean 0 and variance 1)"
         )
-        self.history = history
+        self.what, self.where, self.history = what, where, history
+
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[str, str, History | None]]:
+        """For pickling: an exception's own way calls it with the message alone."""
+        return DivergenceError, (self.what, self.where, self.history)

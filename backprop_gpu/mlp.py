@@ -7,16 +7,17 @@ backward, l = L … 1      dW = a_prevᵀ δ,   db = Σ_rows δ,   δ_prev = (δ
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from backprop_gpu import data, storage, training
+from backprop_gpu import checkpoint, data, storage, training
 from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.contract import Array, Dropout
@@ -38,8 +39,9 @@ __all__ = ["DTYPES", "MLP", "Backprop", "load"]
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16")
 """Every dtype that some backend may compute in."""
 
-PREDICT_ROWS = 8192
-"""Rows that inference takes at a time, so that its memory does not grow with the data."""
+PREDICT_ROWS, PREDICT_ENTRIES = 8192, 1 << 22
+"""Rows that inference takes at a time, and fewer where the widest layer would have more entries: its memory grows
+neither with the data nor with a sparse matrix's width."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Backprop:
     loss: float
     """C, the mean cost over the rows, with the L2 penalty ½ alpha Σ W²."""
     a_prev: list[Array]
-    """∂z/∂w, the input that the weight multiplies, (N, n_in)."""
+    """∂z/∂w, the input that the weight multiplies, (N, n_in). The first may be the X that was given, not a copy."""
     z: list[Array]
     """Pre-activation a_prev W + b, (N, n_out)."""
     a: list[Array]
@@ -155,7 +157,7 @@ class MLP:
         lookup("initialization", initialization, _INITIALIZATIONS)
         self._setup(architecture, dtype, backend, _seed(seed))
         values = _initial_parameters(architecture, initialization, self.rng)
-        self._bind(self.ops.asarray(values, self.dtype))
+        self._bind(self.ops.asarray(values, self._array_dtype))
 
     def _setup(self, architecture: Architecture, dtype: str, backend: str, seed: int) -> None:
         """All but the parameters."""
@@ -261,8 +263,8 @@ class MLP:
 
     @property
     def _array_dtype(self) -> str:
-        """The dtype that arrays are stored in; tf32 is a way to multiply float32."""
-        return "float32" if self.dtype == "tf32" else self.dtype
+        """The dtype of the parameters and the data: narrower dtypes compute beside float32 master parameters."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     def backprop(self, X: Any, y: Any, *, sample_weight: Any = None, dropout_step: int | None = None) -> Backprop:
         """One forward and backward pass over all rows, with every quantity on the way; changes nothing.
@@ -348,8 +350,8 @@ class MLP:
         callbacks : callables
             Each is called as ``callback(net, history)`` after every epoch; one that returns True ends the training.
         checkpoint : path, optional
-            Written atomically after every epoch. Where the file exists, the run that wrote it is resumed, and ends with
-            the same bits as if it had never been interrupted.
+            Written atomically after every epoch. Where the file exists, the run that wrote it is resumed, whatever
+            this network's parameters are, and ends with the same bits as if it had never been interrupted.
         shuffle : bool
             A new order of the rows for each epoch.
         progress : bool, optional
@@ -395,8 +397,9 @@ class MLP:
     ) -> float:
         """Train on the next rows of a stream, once, in their order; returns their mean loss before each update.
 
-        The optimizer's state lasts from call to call, for as long as the optimizer is of the same kind.
-        Arguments and errors are those of `fit`.
+        The optimizer's state lasts from call to call, for as long as the optimizer is of the same kind and no `fit`
+        comes between; `save` does not keep it. Arguments and errors are those of `fit`, but a `batch_size` larger
+        than the rows takes them all.
         """
         return training.partial_fit(self, X, y, batch_size=batch_size, optimizer=optimizer, sample_weight=sample_weight)
 
@@ -406,9 +409,16 @@ class MLP:
         """Labels for a classification loss, else values.
 
         X : (N, n_inputs). Returns (N,) integer labels for cross_entropy and for binary_cross_entropy with one output;
-        (N, n_outputs) of 0 and 1 for multi-label; (N,) or (N, n_outputs) values for the others.
+        (N, n_outputs) of 0 and 1 for multi-label; (N,) or (N, n_outputs) values for the others. ValueError for bad
+        input, and where the network's output is NaN, which has no label.
         """
-        return self._labels(self._outputs(data.as_rows(X, self.layer_sizes[0], self._array_dtype)))
+        outputs = self._outputs(data.as_rows(X, self.layer_sizes[0], self._array_dtype))
+        if np.isnan(outputs).any():
+            row = int(np.isnan(outputs).any(axis=1).argmax())
+            raise ValueError(
+                f"the network's output for row {row} is not a number: its inputs or parameters are too large"
+            )
+        return self._labels(outputs)
 
     def predict_proba(self, X: Any) -> npt.NDArray[Any]:
         """Probabilities: (N, n_classes) for cross_entropy, (N, n_outputs) of "yes" for binary_cross_entropy.
@@ -432,7 +442,7 @@ class MLP:
         arch, ops = self.architecture, self.ops
         w = np.ones(len(rows)) if sample_weight is None else sample_weight
         total, outputs = 0.0, []
-        for chunk in _chunks(len(rows)):
+        for chunk in self._chunks(len(rows)):
             z = self.forward(ops.asarray(rows.take(chunk))).z[-1]
             weight = None if sample_weight is None else ops.asarray(w[chunk])
             cost, _ = ops.output_delta(
@@ -453,8 +463,12 @@ class MLP:
     def _outputs(self, rows: Rows) -> npt.NDArray[Any]:
         """The output layer's activations, (N, n_outputs), on the host."""
         ops, sigma = self.ops, self.architecture.output_activation
-        chunks = (self.forward(ops.asarray(rows.take(chunk))).z[-1] for chunk in _chunks(len(rows)))
+        chunks = (self.forward(ops.asarray(rows.take(chunk))).z[-1] for chunk in self._chunks(len(rows)))
         return np.concatenate([ops.to_numpy(ops.output_forward(z, sigma)) for z in chunks])
+
+    def _chunks(self, n_rows: int) -> list[slice]:
+        size = max(1, min(PREDICT_ROWS, PREDICT_ENTRIES // max(self.layer_sizes)))
+        return [slice(start, start + size) for start in range(0, n_rows, size)]
 
     def _labels(self, outputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """What `predict` answers for these outputs; integer labels stay as they are."""
@@ -470,14 +484,24 @@ class MLP:
     # Copies and files
 
     def copy(self, *, dtype: str | None = None, backend: str | None = None) -> MLP:
-        """A network of its own with the same parameters and random state, of another dtype or on another backend."""
+        """A network of its own in the same state, of another dtype or on another backend if one is given."""
         new = MLP.__new__(MLP)
         new._setup(self.architecture, dtype or self.dtype, backend or self.backend, self.seed)
         new.rng.bit_generator.state = self.rng.bit_generator.state
         new.steps_taken = self.steps_taken
-        new.metadata = dict(self.metadata)
-        new._bind(new.ops.asarray(np.array(self.ops.to_numpy(self._parameters)), new._array_dtype))
+        new.metadata = copy.deepcopy(self.metadata)
+
+        def moved(vector: Array) -> Array:
+            return new.ops.asarray(np.array(self.ops.to_numpy(vector)), new._array_dtype)
+
+        new._bind(moved(self._parameters))
+        if self.stream is not None:
+            state = {slot: moved(vector) for slot, vector in self.stream.state.items()}
+            new.stream = replace(self.stream, state=state)
         return new
+
+    def __copy__(self) -> MLP:
+        return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("ops", "_parameters", "_W", "_b")
@@ -505,7 +529,7 @@ class MLP:
             "seed": self.seed,
             "rng": self.rng.bit_generator.state,
             "steps_taken": self.steps_taken,
-            "notes": self.metadata,
+            "notes": dict(self.metadata),
         }
         return self.architecture.tensors(self.ops.to_numpy(self._parameters)), description
 
@@ -531,20 +555,15 @@ def load(path: PathLike, *, backend: str = "auto") -> MLP:
         architecture = Architecture.from_dict(metadata["architecture"])
         flat = architecture.flatten(tensors)
         dtype, seed = _dtype(metadata["dtype"]), _seed(metadata["seed"])
-        rng = np.random.default_rng()
-        rng.bit_generator.state = metadata["rng"]
+        rng = checkpoint.generator(metadata["rng"])
         steps_taken, notes = index(metadata["steps_taken"]), dict(metadata["notes"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except checkpoint.MALFORMED as error:
         raise ValueError(f"{path} does not describe a network of backprop_gpu, or it is damaged: {error}") from error
     net = MLP.__new__(MLP)
     net._setup(architecture, dtype, backend, seed)
     net.rng, net.steps_taken, net.metadata = rng, steps_taken, notes
     net._bind(net.ops.asarray(flat, net._array_dtype))
     return net
-
-
-def _chunks(n_rows: int) -> list[slice]:
-    return [slice(start, start + PREDICT_ROWS) for start in range(0, n_rows, PREDICT_ROWS)]
 
 
 def _accuracy(predicted: npt.NDArray[Any], true: npt.NDArray[Any], w: npt.NDArray[Any]) -> float:
@@ -562,6 +581,8 @@ def _r2(a: npt.NDArray[Any], y: npt.NDArray[Any], w: npt.NDArray[Any]) -> float:
 
 
 def _dtype(dtype: Any) -> str:
+    if dtype is None:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got None")
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     lookup("dtype", name, dict.fromkeys(DTYPES))
     return name

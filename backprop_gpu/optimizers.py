@@ -120,9 +120,8 @@ def get(optimizer: str | Optimizer) -> Optimizer:
     return optimizer if isinstance(optimizer, Optimizer) else lookup("optimizer", optimizer, OPTIMIZERS)()
 
 
-def to_dict(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer as JSON-ready values, for a checkpoint to compare."""
-    settings = asdict(optimizer)
-    if isinstance(optimizer.learning_rate, Schedule):
-        settings["learning_rate"]["schedule"] = type(optimizer.learning_rate).__name__
-    return {"optimizer": type(optimizer).__name__.lower(), **settings}
+def to_dict(optimizer: Optimizer, schedule: Schedule) -> dict[str, Any]:
+    """The optimizer, with `schedule` for its learning rate, as JSON-ready values for a checkpoint to compare."""
+    settings = {name: value for name, value in asdict(optimizer).items() if name != "learning_rate"}
+    rate = {"learning_rate": type(schedule).__name__, **asdict(schedule)}
+    return {"optimizer": type(optimizer).__name__, **settings, **rate}

@@ -304,7 +304,7 @@ class _Panel:
 
 def _draw_forward(panel: _Panel, net: MLP, numbers: _Numbers) -> None:
     panel.caption("Forward pass  ⟶", "$z = Σ\\, w\\, a_{prev} + b$,   $a = σ(z)$;   on each edge: $w$")
-    heads = [f"layer {layer}: $σ$ = {name}" for layer, name in enumerate(_sigmas(net), 1)]
+    heads = [f"layer {layer}: $σ$ = {name}" for layer, name in enumerate(net.architecture.sigmas, 1)]
     panel.heads(["inputs", *heads], [f"$W^{layer + 1}${_left_out(W)}" for layer, W in enumerate(numbers.W)])
     _draw_inputs(panel, numbers)
     for layer, W in enumerate(numbers.W):
@@ -503,10 +503,6 @@ def _color(value: float) -> str:
 
 def _largest(arrays: Sequence[Floats]) -> float:
     return max(float(np.abs(x).max()) for x in arrays) or 1.0
-
-
-def _sigmas(net: MLP) -> list[str]:
-    return [*(activation.name for activation in net.architecture.activations), net.architecture.output_activation]
 
 
 def _number(value: float) -> str:

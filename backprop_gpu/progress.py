@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ class ProgressBar:
             initial=len(history) * history.rows,
             unit="row",
             unit_scale=True,
-            disable=None if shown is None else not shown,
+            # Where there is no stderr at all, tqdm would fail; where it is no terminal, None keeps it silent.
+            disable=(None if shown is None else not shown) if sys.stderr else True,
             dynamic_ncols=True,
         )
         self.update = self.bar.update

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +31,9 @@ def write(path: PathLike, tensors: Mapping[str, npt.NDArray[Any]], metadata: Map
     """
     from safetensors.numpy import save
 
+    text = to_json({"version": VERSION, **metadata})
     # One entry, not one per name: safetensors keeps no order among entries, and the same network has the same bytes.
-    header = {FORMAT: to_json({"version": VERSION, **metadata})}
+    header = {FORMAT: f"{_checksum(tensors, text):08x} {text}"}
     with replacing(path) as file:
         file.write(save(dict(tensors), header))
 
@@ -48,7 +51,7 @@ def read(path: PathLike) -> tuple[Tensors, dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model file, or it is damaged: {error}") from error
-    return tensors, _parse(path, header)
+    return tensors, _parse(path, tensors, header)
 
 
 def require_writable(path: PathLike) -> None:
@@ -70,6 +73,7 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
         with _blaming(path):
             with temporary.open("xb") as file:
                 yield file
+                _keep_mode(target, temporary)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -89,11 +93,22 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written to a model file: it is not JSON-ready")
 
 
-def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _checksum(tensors: Mapping[str, npt.NDArray[Any]], text: str) -> int:
+    """Of all that the file holds: a flipped bit would otherwise load as another weight."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _parse(path: Path, tensors: Tensors, header: Mapping[str, str]) -> dict[str, Any]:
     if FORMAT not in header:
         raise ValueError(f"{path} is a safetensors file, but not a model saved by backprop_gpu")
+    checksum, _, text = header[FORMAT].partition(" ")
+    if checksum != f"{_checksum(tensors, text):08x}":
+        raise ValueError(f"{path} is damaged: its content does not fit its checksum")
     try:
-        metadata = dict(json.loads(header[FORMAT]))
+        metadata = dict(json.loads(text))
         version = metadata.pop("version")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged metadata: {error}") from error
@@ -103,6 +118,12 @@ def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
             "a newer release may read it"
         )
     return metadata
+
+
+def _keep_mode(target: Path, temporary: Path) -> None:
+    """A private file stays private."""
+    with suppress(FileNotFoundError):
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The training loop: mini-batches, epochs, validation, early stopping, callbacks, checkpoints.
 
-It knows a network only by what it needs of one, and a backend only by its contract, so `mlp` can build on it.
+`MLP.fit` is a method, so `mlp` imports this module, which knows a network by its passes and its package-private
+`_take_in`, `_evaluate` and `_as_file`, and a backend by its contract.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprop_gpu import checkpoint as checkpoints
-from backprop_gpu import checks, data, optimizers
+from backprop_gpu import checks, data, optimizers, storage
 from backprop_gpu.backends.contract import AfterStep, Array, Trainer, TrainingJob
 from backprop_gpu.checkpoint import Checkpoint, checksum
 from backprop_gpu.checks import integer
@@ -167,35 +168,63 @@ def fit(
     batch_size = _batch_size(batch_size, n_train)
     stopping = _stopping(early_stopping, net, n_held_out > 0 or validation is not None)
     schedule = optimizer.schedule.for_run(epochs * _n_steps(n_train, batch_size))
-    key = {
-        "architecture": net.architecture.to_dict(),
-        "dtype": net.dtype,
-        "seed": net.seed,
-        "optimizer": {**optimizers.to_dict(optimizer), "schedule": repr(schedule)},
-        "batch_size": batch_size,
-        "shuffle": shuffle,
-        "early_stopping": stopping and asdict(stopping),
-        "data": [*rows.shape, checksum(rows.take(slice(0, 1)), target, w)],
-        "validation": n_held_out if validation is None else [len(validation[0]), checksum(*validation[1:])],
-    }
-    saved = None if checkpoint is None else checkpoints.read(checkpoint, key, net.architecture, optimizer.slots)
+    saved = None
+    if checkpoint is not None:
+        storage.to_json(net.metadata)  # an error now, and not after the first epoch
+        key = _run_key(net, optimizer, schedule, batch_size, shuffle, stopping, (rows, target, w))
+        key["validation"] = n_held_out if validation is None else _fingerprint(*validation)
+        saved = checkpoints.read(checkpoint, key, net.architecture, optimizer.slots)
 
-    rng = np.random.default_rng()
-    rng.bit_generator.state = start_rng = net.rng.bit_generator.state if saved is None else saved.start_rng
+    start_rng = net.rng.bit_generator.state if saved is None else saved.start_rng
+    rng = checkpoints.generator(start_rng)
     train = np.arange(len(rows))
     if n_held_out:
         held_out, train = (np.sort(part) for part in np.split(rng.permutation(len(rows)), [n_held_out]))
         validation = (_Taken(rows, held_out), target[held_out], None if w is None else w[held_out])
-    if w is not None and not w[train].any():
-        raise ValueError("every training row has sample_weight 0; hold out fewer rows, or weigh them otherwise")
+        _require_weight(w, held_out, "held-out")
+    _require_weight(w, train, "training")
 
     net.rng.bit_generator.state = rng.bit_generator.state
+    net.stream = None
     job = _job(net, optimizer, (rows, target, w), batch_size, net.steps_taken if saved is None else saved.steps_before)
     run = _Run(net, job, train, schedule, shuffle, validation, stopping, History(rows=n_train))
     if saved is not None:
         run.restore(saved)
     save = None if checkpoint is None else partial(run.save, checkpoint, key, start_rng)
     return run.until(epochs, callbacks, save, progress)
+
+
+def _run_key(
+    net: MLP,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    batch_size: int,
+    shuffle: bool,
+    stopping: EarlyStopping | None,
+    taken: tuple[Rows, Any, Any],
+) -> dict[str, Any]:
+    """The settings and data that make a run what it is, but for the number of epochs."""
+    return {
+        "architecture": net.architecture.to_dict(),
+        "dtype": net.dtype,
+        "seed": net.seed,
+        "optimizer": optimizers.to_dict(optimizer, schedule),
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "early_stopping": stopping and asdict(stopping),
+        "data": _fingerprint(*taken),
+    }
+
+
+def _fingerprint(rows: Rows, target: Any, w: Any) -> list[int]:
+    """Shape and checksum of a data set: of the target, the weights, and 64 rows throughout."""
+    some = np.unique(np.linspace(0, len(rows) - 1, 64).astype(np.int64))
+    return [*rows.shape, checksum(rows.take(some), target, w)]
+
+
+def _require_weight(w: npt.NDArray[Any] | None, indices: Indices, which: str) -> None:
+    if w is not None and not w[indices].any():
+        raise ValueError(f"every {which} row has sample_weight 0; hold out other rows, or weigh them otherwise")
 
 
 @dataclass
@@ -227,19 +256,33 @@ class _Run:
     ) -> History:
         """Train until there is a reason to stop; with early stopping, put the best parameters back."""
         with interrupt_noted() as interrupted, ProgressBar(epochs, self.history, progress) as bar:
-            self.history.stopped = self._reason_to_stop(epochs)
-            while not self.history.stopped:
-                if interrupted.is_set() or not self._epoch(bar, interrupted):
-                    self.history.stopped = "interrupted"
-                    break
-                if save is not None:
-                    save()
-                bar.show(self.history)
-                answers = [callback(self.net, self.history) for callback in callbacks]
-                self.history.stopped = "callback" if True in answers else self._reason_to_stop(epochs)
-        if self.best is not None:
-            self._set_parameters(self.best)
+            try:
+                self._epochs(epochs, callbacks, save, bar, interrupted)
+            finally:
+                if self.best is not None:
+                    self._set_parameters(self.best)
         return self.history
+
+    def _epochs(
+        self,
+        epochs: int,
+        callbacks: tuple[Callback, ...],
+        save: Callable[[], None] | None,
+        bar: ProgressBar,
+        interrupted: threading.Event,
+    ) -> None:
+        self.history.stopped = self.history.stopped or self._reason_to_stop(epochs)
+        while not self.history.stopped:
+            if interrupted.is_set() or not self._epoch(bar, interrupted):
+                self.history.stopped = "interrupted"
+                return
+            bar.show(self.history)
+            # Before the checkpoint, which so holds what a callback changes, and that it ended the run.
+            answers = [callback(self.net, self.history) for callback in callbacks]
+            self.history.stopped = "callback" if any(answer is True for answer in answers) else ""
+            if save is not None:
+                save()
+            self.history.stopped = self.history.stopped or self._reason_to_stop(epochs)
 
     def _reason_to_stop(self, epochs: int) -> str:
         if len(self.history) >= epochs:
@@ -268,7 +311,8 @@ class _Run:
         seconds = time.perf_counter() - start
         if not _finite(self.net, total):
             self._set_parameters(before)
-            raise DivergenceError(total, f"in epoch {len(self.history) + 1}", self.history)
+            self.history.stopped = "diverged"
+            raise DivergenceError(_what_diverged(total), f"in epoch {len(self.history) + 1}", self.history)
         self.step += _n_steps(rows_done, self.job.batch_size)
         self.net.steps_taken = self.job.steps_before + self.step
         if rows_done < len(order):
@@ -312,7 +356,7 @@ class _Run:
             start_rng=start_rng,
             rng=dict(self.net.rng.bit_generator.state),
         )
-        checkpoints.write(path, checkpoint, self.net._as_file())
+        checkpoints.write(path, checkpoint, self.net.architecture, self.net._as_file())
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from where the run that wrote the checkpoint was."""
@@ -342,6 +386,7 @@ def _job(
         rows=rows,
         target=target,
         sample_weight=w,
+        dtype=net.dtype,
         batch_size=batch_size,
         seed=net.seed,
         steps_before=steps_before,
@@ -359,11 +404,15 @@ def _alphas(net: MLP, n_steps: int) -> npt.NDArray[np.float64]:
 
 def _reported_as_divergence() -> np.errstate:
     """NumPy keeps quiet about the overflows of a run that diverges: the error that follows says it once."""
-    return np.errstate(over="ignore", invalid="ignore")
+    return np.errstate(over="ignore", under="ignore", invalid="ignore")
 
 
 def _finite(net: MLP, total: float) -> bool:
     return bool(np.isfinite(total) and np.isfinite(net.ops.sum_squares(net.parameters)))
+
+
+def _what_diverged(total: float) -> str:
+    return "the parameters are" if np.isfinite(total) else "the loss is"
 
 
 def _total_weight(w: npt.NDArray[Any] | None, indices: Indices) -> float:
@@ -371,9 +420,12 @@ def _total_weight(w: npt.NDArray[Any] | None, indices: Indices) -> float:
 
 
 def _callables(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
-    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
-        raise TypeError("callbacks must be a list of functions of (net, history)")
-    return tuple(callbacks)
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of functions of (net, history); got {callbacks!r}")
+    functions = tuple(callbacks)
+    if not all(callable(function) for function in functions):
+        raise TypeError(f"callbacks must be functions of (net, history); got {functions!r}")
+    return functions
 
 
 def _batch_size(batch_size: int | None, n_train: int) -> int:
@@ -440,7 +492,7 @@ def partial_fit(
     """`MLP.partial_fit`, where it is documented."""
     optimizer = optimizers.get(optimizer)
     rows, target, w = net._take_in(X, y, sample_weight)
-    batch_size = _batch_size(batch_size, len(rows))
+    batch_size = min(integer("batch_size", batch_size or BATCH_SIZE, at_least=1), len(rows))  # a stream ends anywhere
     schedule = optimizer.schedule.for_run(None)
     stream = net.stream
     if stream is None or type(stream.optimizer) is not type(optimizer):
@@ -456,7 +508,7 @@ def partial_fit(
     if not _finite(net, total):
         for x, values in zip((net.parameters, *stream.state.values()), before, strict=True):
             x[...] = net.ops.asarray(values)
-        raise DivergenceError(total, "on these rows")
+        raise DivergenceError(_what_diverged(total), "on these rows")
     net.stream = Stream(optimizer, stream.state, stream.steps_before, stream.steps + len(steps))
     net.steps_taken += len(steps)
     return total / _total_weight(w, order)

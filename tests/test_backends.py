@@ -84,3 +84,11 @@ def test_a_network_moves_to_another_backend_with_its_numbers(add_backend):
     moved = net.copy(backend="fake")
     assert moved.backend == "fake"
     assert np.array_equal(moved.parameters, net.parameters)
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float16"])
+def test_a_narrow_dtype_keeps_its_parameters_in_float32(add_backend, dtype):
+    add_backend(None, dtypes=(dtype,))
+    net = bp.MLP([3, 4, 2], dtype=dtype)
+    assert (net.dtype, str(net.parameters.dtype)) == (dtype, "float32")
+    assert (net.copy().dtype, str(net.copy().parameters.dtype)) == (dtype, "float32")

@@ -112,6 +112,27 @@ def test_sparse_rows_are_never_dense_as_a_whole(X, y, monkeypatch):
     assert max(sizes) <= 8
 
 
+def test_wide_sparse_rows_are_predicted_a_few_at_a_time(monkeypatch):
+    wide = sp.random_array((300, 5000), density=1e-3, format="csr", rng=np.random.default_rng(0))
+    net = bp.MLP([5000, 2])
+    expected = net.predict_proba(wide)
+    sizes = []
+    original = sp.csr_array.toarray
+    monkeypatch.setattr(sp.csr_array, "toarray", lambda self: sizes.append(self.shape) or original(self))
+    monkeypatch.setattr("backprop_gpu.mlp.PREDICT_ENTRIES", 1 << 18)
+    assert net.predict_proba(wide) == pytest.approx(expected, rel=1e-6)
+    assert len(sizes) > 1
+    assert max(rows * columns for rows, columns in sizes) <= 1 << 18
+
+
+def test_a_frame_of_numbers_and_booleans_is_numbers(y):
+    frame = pd.DataFrame({"a": np.arange(N) % 2 == 0, "b": np.linspace(0, 1, N), "c": np.arange(N)})
+    frame["d"] = frame["c"].astype("Int64")
+    assert np.asarray(frame).dtype == object
+    net = bp.MLP([4, 3])
+    assert np.array_equal(net.predict_proba(frame), net.predict_proba(frame.to_numpy(float)))
+
+
 @pytest.mark.parametrize(
     "convert",
     [list, pd.Series, lambda y: y.astype(np.uint8), lambda y: y.reshape(-1, 1), lambda y: np.eye(CLASSES)[y]],
@@ -135,7 +156,11 @@ BAD_X = {
     "nan": (lambda X: with_value(X, np.nan), ValueError, "X must be finite; got nan at row 3, column 2"),
     "inf": (lambda X: with_value(X, -np.inf), ValueError, "X must be finite; got -inf at row 3, column 2"),
     "huge": (lambda X: with_value(X, 1e300), ValueError, "too large for float32"),
-    "sparse nan": (lambda X: sp.csr_array(with_value(X, np.nan)), ValueError, "X.data must be finite"),
+    "sparse nan": (
+        lambda X: sp.csr_array(with_value(X, np.nan)),
+        ValueError,
+        "X must be finite; got nan at row 3, column 2",
+    ),
     "empty": (lambda X: X[:0], ValueError, "X is empty"),
     "no features": (lambda X: X[:, :0], ValueError, f"must have {FEATURES} features"),
     "wrong features": (lambda X: X[:, :4], ValueError, f"must have {FEATURES} features"),
@@ -237,8 +262,9 @@ BAD_WEIGHTS = {
     "short": (np.ones(N - 1), "must have shape"),
     "2-D": (np.ones((N, 1)), "must have shape"),
     "negative": (spoiled(np.ones(N), -1.0), "at least 0 everywhere"),
-    "all zero": (np.zeros(N), "above 0 somewhere"),
+    "all zero": (np.zeros(N), "above 0, in float32, somewhere"),
     "nan": (spoiled(np.ones(N), np.nan), "sample_weight must be finite"),
+    "all zero in float32": (np.full(N, 1e-60), "above 0, in float32, somewhere"),
 }
 
 

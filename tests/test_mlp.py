@@ -30,7 +30,9 @@ def test_w_and_b_are_views_into_the_parameters():
     assert all(W.flags.c_contiguous for W in net.W)
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), bp.MLP.copy])
+@pytest.mark.parametrize(
+    "through", [copy.copy, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), bp.MLP.copy]
+)
 def test_a_copy_is_equal_and_independent(through, rng):
     X, y = rng.standard_normal((20, 3)), rng.integers(0, 2, 20)
     net = bp.MLP([3, 5, 2], dropout=0.2)
@@ -39,6 +41,8 @@ def test_a_copy_is_equal_and_independent(through, rng):
     assert np.array_equal(twin.parameters, net.parameters)
     assert np.shares_memory(twin.W[0], twin.parameters)
     assert not np.shares_memory(twin.parameters, net.parameters)
+    assert twin.stream.state["m"] is not net.stream.state["m"]
+    assert twin.partial_fit(X, y) == net.partial_fit(X, y)
     assert twin.fit(X, y, epochs=2) == net.fit(X, y, epochs=2)
     assert np.array_equal(twin.parameters, net.parameters)
 
@@ -166,6 +170,15 @@ def test_r2_of_a_constant_target():
     assert net.evaluate(X, np.full(4, 3.0))["r2"] == 0.0
 
 
+def test_an_output_that_is_no_number_has_no_label():
+    net = bp.MLP([2, 3, 2])
+    net.parameters[...] = 1e30
+    with np.errstate(over="ignore", invalid="ignore"):
+        net.W[1][0, 0] = -1e30
+        with pytest.raises(ValueError, match="output for row 1 is not a number"):
+            net.predict([[0.0, 0.0], [1e30, 1e30]])
+
+
 def test_many_rows_are_predicted_in_pieces_with_the_same_result(rng, monkeypatch):
     X, y, w = rng.standard_normal((101, 3)), rng.integers(0, 2, 101), rng.random(101)
     net = bp.MLP([3, 4, 2], dtype="float64", alpha=0.1)
@@ -210,6 +223,7 @@ def test_many_rows_are_predicted_in_pieces_with_the_same_result(rng, monkeypatch
         ({"alpha": float("inf")}, ValueError, "alpha must be at least 0"),
         ({"initialization": "xavier"}, ValueError, "unknown initialization 'xavier'"),
         ({"dtype": "float23"}, ValueError, "did you mean 'float32'?"),
+        ({"dtype": None}, TypeError, "dtype must be one of"),
         ({"dtype": "bfloat16", "backend": "numpy"}, ValueError, "computes in float32 and float64, not in bfloat16"),
         ({"backend": "cdua"}, ValueError, "did you mean 'cuda'?"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
@@ -243,6 +257,8 @@ def test_repr_says_what_the_network_is():
 
 
 def test_numpy_types_are_welcome():
-    net = bp.MLP(np.array([3, 4, 2]), dtype=np.float64, seed=np.int64(3))
+    settings = {"activation": np.array(["relu", "tanh"]), "dropout": np.array([0.1, 0.2])}
+    net = bp.MLP(np.array([3, 4, 5, 2]), dtype=np.float64, seed=np.int64(3), **settings)
+    assert net.architecture.dropout == (0.1, 0.2)
     assert net.dtype == "float64"
-    assert net.layer_sizes == (3, 4, 2)
+    assert net.layer_sizes == (3, 4, 5, 2)

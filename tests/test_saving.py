@@ -1,6 +1,5 @@
 """Keeping work: model files, checkpoints, and runs that are killed and resumed."""
 
-import json
 import os
 import pickle
 import re
@@ -13,10 +12,10 @@ import textwrap
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import backprop_gpu as bp
+from backprop_gpu import storage
 
 N, FEATURES, CLASSES = 61, 4, 3
 
@@ -86,15 +85,10 @@ def test_saving_through_a_link_writes_its_target(tmp_path):
 
 
 def damaged(path, change):
-    """The file at `path`, written anew with its tensors and metadata changed."""
-    tensors, metadata = load_file(path), metadata_of(path)
+    """The file at `path`, written anew with its tensors and metadata changed, and a checksum that fits."""
+    tensors, metadata = storage.read(path)
     change(tensors, metadata)
-    save_file(tensors, path, {"backprop_gpu": json.dumps(metadata)})
-
-
-def metadata_of(path):
-    with safe_open(path, framework="np") as file:
-        return json.loads(file.metadata()["backprop_gpu"])
+    storage.write(path, tensors, metadata)
 
 
 def change_architecture(**values):
@@ -107,7 +101,6 @@ def change(**values):
 
 DAMAGE = {
     "no metadata": lambda tensors, metadata: metadata.clear(),
-    "newer format": change(version=999),
     "missing tensor": lambda tensors, metadata: tensors.pop("b.1"),
     "wrong shape": lambda tensors, metadata: tensors.update({"W.0": tensors["W.0"].T.copy()}),
     "no architecture": lambda tensors, metadata: metadata.pop("architecture"),
@@ -120,6 +113,7 @@ DAMAGE = {
     "bad dtype": change(dtype="int8"),
     "bad seed": change(seed="x"),
     "bad rng": change(rng={"bit_generator": "PCG64", "state": 1}),
+    "negative rng": lambda tensors, metadata: metadata["rng"]["state"].update(state=-1),
     "foreign rng": change(rng=7),
     "bad notes": change(notes=3),
 }
@@ -135,11 +129,39 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"backprop_gpu": "{"}, {"backprop_gpu": "[1]"}])
+@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"backprop_gpu": ""}, {"backprop_gpu": "{}"}])
 def test_another_librarys_safetensors_are_refused(tmp_path, header):
     save_file({"W.0": np.ones((2, 2))}, tmp_path / "net", header)
-    with pytest.raises(ValueError, match=r"not a model saved by backprop_gpu|damaged metadata"):
+    with pytest.raises(ValueError, match=r"not a model saved by backprop_gpu|is damaged"):
         bp.load(tmp_path / "net")
+
+
+def test_a_file_of_a_later_format_is_refused_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "VERSION", 999)
+    make_net().save(tmp_path / "net")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format version 999.*a newer release may read it"):
+        bp.load(tmp_path / "net")
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path, X, y):
+    path = tmp_path / "net"
+    make_net().fit(X, y, epochs=1, checkpoint=path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position, bit in zip(rng.integers(0, len(content), 300), rng.integers(0, 8, 300), strict=True):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << bit
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"damaged|not a model|format version"):
+            bp.load(path)
+
+
+def test_a_private_file_stays_private(tmp_path):
+    make_net().save(tmp_path / "net")
+    (tmp_path / "net").chmod(0o600)
+    make_net().save(tmp_path / "net")
+    assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == 0o600
 
 
 def test_the_same_network_is_saved_to_the_same_bytes(tmp_path):
@@ -294,6 +316,42 @@ def test_the_held_out_rows_are_the_same_wherever_the_run_is_resumed(tmp_path, X,
     assert other.steps_taken == whole.steps_taken
 
 
+def test_a_run_that_a_callback_ended_stays_ended(tmp_path, X, y):
+    def run():
+        net = make_net()
+        settings = {"checkpoint": tmp_path / "run", "callbacks": [lambda net, history: len(history) == 3]}
+        return net.fit(X, y, epochs=9, **settings), net.parameters
+
+    (history, parameters), (again, parameters_again) = run(), run()
+    assert (history.stopped, len(history)) == ("callback", 3)
+    assert again == history
+    assert np.array_equal(parameters_again, parameters)
+
+
+def test_a_checkpoint_holds_what_a_callback_changed(tmp_path, X, y):
+    def halve(net, history):
+        net.parameters[...] *= 0.5
+
+    net = make_net()
+    net.fit(X, y, epochs=2, checkpoint=tmp_path / "run", callbacks=[halve])
+    assert np.array_equal(bp.load(tmp_path / "run").parameters, net.parameters)
+
+
+def test_the_same_optimizer_written_otherwise_is_the_same(tmp_path, X, y):
+    make_net().fit(X, y, epochs=1, checkpoint=tmp_path / "run", optimizer=bp.Adam(np.float64(1e-3)))
+    make_net().fit(X, y, epochs=2, checkpoint=tmp_path / "run", optimizer=bp.Adam(bp.Constant(1e-3)))
+    with pytest.raises(ValueError, match=r"another optimizer \(\{'beta_1': 0.9\}, now \{'beta_1': 0.5\}\)"):
+        make_net().fit(X, y, epochs=2, checkpoint=tmp_path / "run", optimizer=bp.Adam(1e-3, beta_1=0.5))
+
+
+def test_notes_that_cannot_be_written_are_refused_before_the_first_epoch(tmp_path, X, y):
+    net = make_net()
+    net.metadata["object"] = object()
+    with pytest.raises(TypeError, match="not JSON-ready"):
+        net.fit(X, y, checkpoint=tmp_path / "run")
+    assert net.steps_taken == 0
+
+
 def test_a_checkpoint_is_also_a_model(tmp_path, X, y):
     net = make_net()
     net.fit(X, y, epochs=2, checkpoint=tmp_path / "run")
@@ -309,6 +367,8 @@ def test_a_checkpoint_is_also_a_model(tmp_path, X, y):
         ("validation", {"validation_fraction": 0.5}),
         ("early_stopping", {"early_stopping": True}),
         ("data", {"sample_weight": np.arange(1, N + 1)}),
+        ("data", {"X": np.ones((N, FEATURES))}),
+        ("validation", {"validation_data": (np.zeros((2, FEATURES)), [0, 1])}),
     ],
 )
 def test_another_runs_checkpoint_is_refused_and_kept(tmp_path, what, change, X, y):
@@ -316,9 +376,39 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path, what, change, X, 
     content, net = (tmp_path / "run").read_bytes(), make_net()
     before = net.parameters.copy()
     with pytest.raises(ValueError, match=f"run with another .*{what}"):
-        net.fit(X, y, epochs=2, checkpoint=tmp_path / "run", **change)
+        net.fit(**{"X": X, "y": y, "epochs": 2, "checkpoint": tmp_path / "run", **change})
     assert np.array_equal(net.parameters, before)
     assert (tmp_path / "run").read_bytes() == content
+
+
+def change_training(**values):
+    return lambda tensors, metadata: metadata["training"].update(values)
+
+
+def change_history(**values):
+    return lambda tensors, metadata: metadata["training"]["history"].update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: tensors.pop("optimizer.m.W.0"),
+        lambda tensors, metadata: tensors.update({"optimizer.m.W.0": np.ones(1)}),
+        lambda tensors, metadata: tensors.update({"best.W.0": np.ones(1)}),
+        lambda tensors, metadata: metadata.update(training={}),
+        lambda tensors, metadata: metadata.pop("rng"),
+        change_training(start_rng=None),
+        change_training(step="x"),
+        change_history(metrics=None),
+        change_history(metrics={"loss": [1.0, 2.0]}),
+        change_history(best_epoch=7),
+        change_history(evil=1),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, change, X, y):
+    make_net().fit(X, y, epochs=1, checkpoint=tmp_path / "run")
+    damaged(tmp_path / "run", change)
+    assert_refused(tmp_path / "run", "damaged checkpoint", X, y)
 
 
 @pytest.mark.parametrize(
@@ -326,18 +416,19 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path, what, change, X, 
     [
         (lambda path: make_net().save(path), "without a training run"),
         (lambda path: path.write_bytes(b"hello"), "not a model file"),
-        (lambda path: damaged(path, lambda tensors, metadata: tensors.pop("optimizer.m")), "damaged checkpoint"),
-        (lambda path: damaged(path, change(training={})), "damaged checkpoint"),
-        (lambda path: damaged(path, lambda tensors, metadata: metadata.pop("rng")), "damaged checkpoint"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tmp_path, spoil, message, X, y):
-    path = tmp_path / "run"
-    make_net().fit(X, y, epochs=1, checkpoint=path)
-    spoil(path)
+    spoil(tmp_path / "run")
+    assert_refused(tmp_path / "run", message, X, y)
+
+
+def assert_refused(path, message, X, y):
+    """Neither the network nor the file changes."""
     content, net = path.read_bytes(), make_net()
-    before = net.parameters.copy()
+    before, rng = net.parameters.copy(), net.rng.bit_generator.state
     with pytest.raises(ValueError, match=message):
         net.fit(X, y, epochs=2, checkpoint=path)
     assert np.array_equal(net.parameters, before)
+    assert net.rng.bit_generator.state == rng
     assert path.read_bytes() == content

@@ -465,6 +465,19 @@ def test_a_second_moment_that_overflows_makes_no_nan_and_no_warning(step, dtype,
     assert np.isfinite(parameters).all()
 
 
+@pytest.mark.parametrize("y", [1.0, 1e5, 1e6])
+def test_poisson_near_its_minimum_keeps_its_digits(cost, dtype, y):
+    z = np.array([[np.log(y) + 1e-2]], dtype).astype(float)
+    d = z - np.log(y)
+    exact = float(y * (d**2 / 2 + d**3 / 6 + d**4 / 24 + d**5 / 120)[0, 0])
+    assert abs(cost("poisson", z, np.array([[y]]))[0] / exact - 1) <= (1e-2 if dtype == "float32" else 1e-8)
+
+
+@pytest.mark.parametrize("y", [0.0, 7.0])
+def test_poisson_of_an_infinite_rate_is_infinite(cost, y):
+    assert cost("poisson", np.array([[np.inf]]), np.array([[y]]))[0] == np.inf
+
+
 # Dropout
 
 

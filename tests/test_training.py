@@ -2,6 +2,7 @@
 
 import io
 import logging
+import pickle
 import signal
 
 import numpy as np
@@ -107,6 +108,7 @@ def test_a_trainer_takes_the_rate_and_the_penalty_of_each_step(X, y):
         rows=as_rows(X, FEATURES, "float64"),
         target=y.astype(np.int32),
         sample_weight=None,
+        dtype="float64",
         batch_size=50,
         seed=net.seed,
         steps_before=0,
@@ -254,6 +256,30 @@ def test_callbacks_see_every_epoch_and_may_end_the_run(X, y):
     assert (history.stopped, len(history)) == ("callback", 3)
 
 
+def test_callbacks_may_come_from_a_generator_and_answer_anything_but_true(X, y):
+    calls = []
+
+    def answering(answer):
+        return lambda net, history: calls.append(answer) or answer
+
+    answers = [None, 1, "yes", np.array([True, False])]
+    history = make_net().fit(X, y, epochs=4, callbacks=(answering(answer) for answer in answers))
+    assert (history.stopped, len(calls)) == ("epochs", 16)
+
+
+def test_an_error_in_a_callback_leaves_the_best_parameters(X, y):
+    def fail(net, history):
+        if len(history) == 4:
+            raise OSError("no such server")
+
+    net = make_net()
+    seen = []
+    callbacks = [lambda net, history: seen.append(net.parameters.copy()), fail]
+    with pytest.raises(OSError, match="no such server"):
+        net.fit(X, y, epochs=9, callbacks=callbacks, early_stopping=bp.EarlyStopping(5, min_delta=100.0))
+    assert np.array_equal(net.parameters, seen[0])
+
+
 def test_a_schedule_spans_the_run(X, y):
     history = make_net().fit(X, y, epochs=5, batch_size=32, optimizer=bp.Adam(bp.Cosine(0.01, warmup_steps=4)))
     rates = history["learning_rate"]
@@ -277,6 +303,23 @@ def test_a_stream_may_hold_a_single_class_and_needs_the_length_of_a_cosine(X, y)
     with pytest.raises(ValueError, match="Cosine needs total_steps"):
         net.partial_fit(X, y, optimizer=bp.Adam(bp.Cosine(0.01)))
     net.partial_fit(X, y, optimizer=bp.Adam(bp.Cosine(0.01, total_steps=100)))
+
+
+def test_a_stream_may_end_with_a_smaller_piece(X, y):
+    net, expected = make_net(), make_net()
+    net.partial_fit(X[:10], y[:10], batch_size=32)
+    expected.partial_fit(X[:10], y[:10])
+    assert np.array_equal(net.parameters, expected.parameters)
+
+
+def test_a_fit_ends_the_stream_before_it(X, y):
+    net = make_net(dropout=0.2)
+    net.partial_fit(X, y)
+    net.fit(X, y, epochs=2)
+    assert net.stream is None
+    net.partial_fit(X, y)
+    assert net.steps_taken == 4
+    assert (net.stream.steps_before, net.stream.steps) == (3, 1)
 
 
 def test_ctrl_c_between_epochs_returns_the_model_as_far_as_it_got(X, y):
@@ -338,10 +381,32 @@ def test_a_diverging_run_stops_and_keeps_the_last_finite_parameters(optimizer, X
     assert len(caught.value.history) == len(kept)
 
 
+def test_a_divergence_error_survives_pickling(X, y):
+    with pytest.raises(bp.DivergenceError) as caught:
+        make_net().fit(1e200 * X, y, epochs=3, optimizer=bp.SGD(1e200))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.history) == (str(caught.value), caught.value.history)
+    assert again.history.stopped == "diverged"
+
+
+def test_divergence_under_early_stopping_leaves_the_best_parameters(X, y):
+    kept = []
+
+    def blow_up(net, history):
+        kept.append(net.parameters.copy())
+        if len(history) == 3:
+            net.parameters[...] = 1e200
+
+    net = make_net(loss="squared_error")
+    with pytest.raises(bp.DivergenceError):
+        net.fit(X, np.eye(CLASSES)[y], epochs=9, early_stopping=True, callbacks=[blow_up])
+    assert np.array_equal(net.parameters, kept[2])
+
+
 def test_parameters_that_overflow_in_the_last_update_count_as_divergence(X, y):
     net = make_net(dtype="float32")
     before = net.parameters.copy()
-    with pytest.raises(bp.DivergenceError, match="in epoch 1"):
+    with pytest.raises(bp.DivergenceError, match="the parameters are not finite in epoch 1"):
         net.fit(1e3 * X, y, epochs=1, batch_size=N, optimizer=bp.SGD(1e38))
     assert np.array_equal(net.parameters, before)
 
@@ -374,7 +439,8 @@ def test_a_diverging_stream_keeps_the_last_finite_parameters(X, y):
         ({"early_stopping": 0}, TypeError, "early_stopping must be an EarlyStopping, True or None; got 0"),
         ({"early_stopping": 5}, TypeError, "early_stopping must be an EarlyStopping, True or None; got 5"),
         ({"callbacks": print}, TypeError, "list of functions"),
-        ({"callbacks": ["print"]}, TypeError, "list of functions"),
+        ({"callbacks": None}, TypeError, "list of functions"),
+        ({"callbacks": ["print"]}, TypeError, "must be functions"),
     ],
 )
 def test_bad_settings_are_refused_and_change_nothing(options, error, message, X, y):
@@ -391,13 +457,14 @@ def test_validation_given_twice_is_refused(X, y):
         make_net().fit(X, y, validation_fraction=0.1, validation_data=(X, y))
 
 
-def test_held_out_rows_with_all_the_weight_are_refused(X, y):
-    w = np.zeros(N)
+@pytest.mark.parametrize(("which", "weight_held_out"), [("training", 1.0), ("held-out", 0.0)])
+def test_a_part_of_the_rows_without_any_weight_is_refused(which, weight_held_out, X, y):
     net = make_net()
     held_out = np.random.default_rng()
     held_out.bit_generator.state = rng = net.rng.bit_generator.state
-    w[held_out.permutation(N)[: round(0.2 * N)]] = 1
-    with pytest.raises(ValueError, match="every training row has sample_weight 0"):
+    w = np.full(N, 1 - weight_held_out)
+    w[held_out.permutation(N)[: round(0.2 * N)]] = weight_held_out
+    with pytest.raises(ValueError, match=f"every {which} row has sample_weight 0"):
         net.fit(X, y, sample_weight=w, validation_fraction=0.2)
     assert net.rng.bit_generator.state == rng
 
@@ -439,6 +506,19 @@ def test_the_progress_bar_is_silent_where_there_is_no_terminal(stream, shown, X,
     monkeypatch.setattr("sys.stderr", stderr)
     make_net().fit(X, y, epochs=2)
     assert ("epoch" in stderr.getvalue()) == shown
+
+
+def test_training_works_where_there_is_no_stderr(X, y, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(make_net().fit(X, y, epochs=1)) == 1
+
+
+def test_training_does_not_mind_a_strict_numpy(X, y):
+    with np.errstate(all="raise"):
+        for activation in bp.ACTIVATIONS:
+            net = make_net(activation=activation, dtype="float32")
+            net.fit(30 * X, y, epochs=1, optimizer=bp.Adam(1e-5))
+            net.evaluate(30 * X, y)
 
 
 def test_history_counts_and_compares_without_times(X, y):

@@ -8,8 +8,8 @@
 
 and one more for inference, `output_forward`, which is the output layer's σ without a target. The public methods
 here check shapes and dtypes, find or allocate the outputs, and hand over to the backend's own `_operation`, which
-may rely on all of that. Every output is *overwritten* unless `accumulate` says otherwise. 1/N enters in
-`output_delta` and nowhere after it. No operation keeps state, and none draws random numbers but by `Dropout`.
+may rely on all of that. Every output is *overwritten* unless `accumulate` says otherwise, and overlaps no input. 1/N
+enters in `output_delta` and nowhere after it. No operation keeps state, and none draws random numbers but by `Dropout`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["AfterStep", "Array", "Backend", "Dropout", "Trainer", "TrainingJob"]
 
 Array: TypeAlias = Any
-"""An array of the backend's own kind: it has shape and dtype, is sliced with basic slices, and is C-contiguous."""
+"""An array of the backend's own kind, C-contiguous: it has shape, ndim, dtype and len(), basic slices are views of it,
+so is what `reshape` returns, and `x[...] = y` copies y into it."""
 
 AfterStep: TypeAlias = Callable[[int], bool]
 """Called with the number of rows trained on since the last call; False asks the trainer to stop there."""
@@ -70,6 +71,8 @@ class TrainingJob:
     optimizer: Optimizer
     state: Mapping[str, Array]
     """The optimizer's slots, updated in place."""
+    dtype: str
+    """The dtype to compute in; the parameters, and so the data, may be of a wider one (float32 for tf32)."""
     rows: Rows
     """X: the training rows among others; a mini-batch is `rows.take(indices)`."""
     target: npt.NDArray[Any]
@@ -97,7 +100,9 @@ class Trainer(ABC):
 
         `learning_rates` and `alphas` (the L2 penalty's, in place of the architecture's) have one entry per step;
         `first_step` is the number of updates made in this run before. Returns
-        Σ over the steps of (total sample weight of the mini-batch) · C; stops early when `after_step` returns False.
+        Σ over the steps of (total sample weight of the mini-batch) · C. Calls `after_step` with the rows of one or
+        more whole mini-batches, and stops early when it returns False; where that sum is no longer finite, it may stop
+        at once.
         """
 
 

@@ -3,7 +3,8 @@
 Numerical rules that every backend follows:
 - the formulas hold at |z| = 10⁴ in float32 and at ±∞, without an overflow and without a NaN made from finite input;
 - NaN in, NaN out: no comparison silently turns a NaN into a number (so relu is `maximum`, and its derivative `sign`);
-- sums that make one number out of a mini-batch (C, norms) are taken in float64.
+- sums over the rows of a mini-batch (C, db), and norms, are taken in float64;
+- numbers that underflow to 0 do so in silence, whatever `numpy.seterr` says: exp(−|z|) is meant to.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ __all__ = ["BACKEND", "NumpyBackend", "dropout_mask", "philox", "probe"]
 def probe() -> str | None:
     """Why this backend does not work here: never."""
     return None
+
+
+_underflow_is_meant = np.errstate(under="ignore")
 
 
 class NumpyBackend(Backend):
@@ -55,6 +59,7 @@ class NumpyBackend(Backend):
         with np.errstate(over="ignore"):
             return float(np.dot(x, x))
 
+    @_underflow_is_meant
     def _dense_forward(
         self,
         a_prev: Array,
@@ -71,9 +76,11 @@ class NumpyBackend(Backend):
         if dropout is not None:
             a[...] = _drop(a, dropout)
 
+    @_underflow_is_meant
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
         a[...] = OUTPUT_FORWARD[output_activation](z)
 
+    @_underflow_is_meant
     def _output_delta(
         self,
         z: Array,
@@ -91,6 +98,7 @@ class NumpyBackend(Backend):
         delta[...] = np.where(present[:, None], dc_dz, 0) * share.astype(z.dtype)[:, None]
         return float(np.dot(share[present], cost[present].astype(np.float64)))
 
+    @_underflow_is_meant
     def _dense_backward(
         self,
         delta_next: Array,
@@ -118,10 +126,10 @@ class NumpyBackend(Backend):
         db: Array,
     ) -> None:
         new_dW = np.matmul(a_prev.T, delta, out=None if accumulate else dW)
-        new_db = delta.sum(axis=0, out=None if accumulate else db)
+        new_db = delta.sum(axis=0, dtype=np.float64, out=None if accumulate else db)
         if accumulate:
             dW += new_dW
-            db += new_db
+            db += new_db.astype(db.dtype)
         if W is not None and alpha:
             dW += alpha * W
 
@@ -139,7 +147,7 @@ class NumpyBackend(Backend):
             norm = math.sqrt(self.sum_squares(gradients))
             if not norm <= optimizer.clip_norm:  # a norm that is not finite makes every gradient NaN, and shows
                 gradients *= optimizer.clip_norm / norm if math.isfinite(norm) else math.nan
-        with np.errstate(over="ignore"):  # of g²: an infinite second moment makes an update of 0
+        with np.errstate(over="ignore", under="ignore"):  # of g²: an infinite second moment makes an update of 0
             UPDATES[type(optimizer)](parameters, gradients, state, optimizer, learning_rate, step, n_weights)
 
 
@@ -159,7 +167,7 @@ def softplus(z: Array) -> Array:
 
 def normal_cdf(z: Array) -> Array:
     """Φ(z) = ½ erfc(−z / √2), by the C library's erfc, one element at a time: NumPy has none."""
-    return 0.5 * _erfc(z * -math.sqrt(0.5)).astype(z.dtype)
+    return 0.5 * _erfc(z.astype(np.float64) * -math.sqrt(0.5)).astype(z.dtype)
 
 
 _erfc: Callable[[Array], Array] = np.frompyfunc(math.erfc, 1, 1)
@@ -320,12 +328,18 @@ Cost = tuple[Array, Array]
 
 def cross_entropy(loss: Any, z: Array, target: Array, output_activation: str) -> Cost:
     """c = −Σₖ tₖ log softmax(z)ₖ, ∂c/∂z = softmax(z) − t, with t smoothed by ε: (1 − ε)t + ε/K."""
-    n_classes = z.shape[1]
-    t = np.eye(n_classes, dtype=z.dtype)[target] if target.ndim == 1 else target
-    t = (1 - loss.label_smoothing) * t + loss.label_smoothing / n_classes
+    t = one_hot(target, z) if target.ndim == 1 else target
+    t = (1 - loss.label_smoothing) * t + loss.label_smoothing / z.shape[1]
     p, log_p = softmax_and_log(z)
     with np.errstate(over="ignore"):
         return -(t * log_p).sum(axis=1), p - t
+
+
+def one_hot(labels: Array, z: Array) -> Array:
+    """1 at each row's label and 0 elsewhere, of the shape and dtype of z."""
+    t = np.zeros_like(z)
+    t[np.arange(len(labels)), labels] = 1
+    return t
 
 
 def binary_cross_entropy(loss: Any, z: Array, y: Array, output_activation: str) -> Cost:
@@ -340,11 +354,14 @@ def binary_cross_entropy(loss: Any, z: Array, y: Array, output_activation: str) 
 
 
 def poisson(loss: Any, z: Array, y: Array, output_activation: str) -> Cost:
-    """c = Σₖ exp(zₖ) − yₖzₖ + yₖ log yₖ − yₖ, ∂c/∂z = exp(z) − y."""
+    """c = Σₖ exp(zₖ) − yₖzₖ + yₖ log yₖ − yₖ, ∂c/∂z = exp(z) − y.
+
+    With d = z − log y, a term is y(exp(d) − 1 − d): near a = y, that has no large numbers to cancel.
+    """
     a = exp(z)
-    y_log_y = y * np.log(np.where(y == 0, 1, y))
-    with np.errstate(over="ignore"):
-        return (a - y * finite(z) + y_log_y - y).sum(axis=1), a - y
+    d = finite(z) - np.log(np.where(y == 0, 1, y))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(y == 0, a, y * (np.expm1(d) - d)).sum(axis=1), a - y
 
 
 def _elementwise(
