@@ -316,6 +316,14 @@ def test_the_held_out_rows_are_the_same_wherever_the_run_is_resumed(tmp_path, X,
     assert other.steps_taken == whole.steps_taken
 
 
+def test_other_data_that_begins_alike_is_refused(tmp_path, X, y):
+    make_net().fit(X, y, epochs=1, checkpoint=tmp_path / "run")
+    other = X.copy()
+    other[1:] += 1
+    with pytest.raises(ValueError, match="run with another data"):
+        make_net().fit(other, y, epochs=2, checkpoint=tmp_path / "run")
+
+
 def test_a_run_that_a_callback_ended_stays_ended(tmp_path, X, y):
     def run():
         net = make_net()

@@ -478,6 +478,14 @@ def test_poisson_of_an_infinite_rate_is_infinite(cost, y):
     assert cost("poisson", np.array([[np.inf]]), np.array([[y]]))[0] == np.inf
 
 
+def test_gradients_over_many_rows_keep_their_digits(backend, put, dtype, tolerance):
+    delta = np.random.default_rng(0).random((16384, 3)).astype(dtype)
+    _, db = backend.dense_gradients(put(np.ones((16384, 1))), put(delta))
+    exact = delta.astype(np.longdouble).sum(axis=0)
+    # One long float32 sum is 20 times further off, which the tolerance would let pass.
+    assert np.abs(backend.to_numpy(db) / exact - 1).max() <= min(2 * np.finfo("float32").eps, tolerance)
+
+
 # Dropout
 
 
