@@ -1,0 +1,286 @@
+"""scikit-learn's solvers on this library's operations: its learning rates, its penalty, its way of adding losses up.
+
+A mini-batch of total weight S (its number of rows, without sample weights) is trained on C + ½ (alpha / S) Σ W². What
+scikit-learn *reports* differs from that in two places, and its stopping rules look at what it reports:
+- for the squared error of K outputs it reports C / K, the mean over the outputs, but differentiates C, their sum;
+- an epoch's loss is the mean over its rows of the loss of their mini-batch, also where the rows have weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.optimize
+
+from backprop_gpu import training
+from backprop_gpu.backends.contract import AfterStep, Array, Backend, TrainingJob
+from backprop_gpu.data import Rows
+from backprop_gpu.mlp import MLP
+from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+from backprop_gpu.schedules import Schedule
+from backprop_gpu.training import OperationTrainer
+
+__all__ = [
+    "STOCHASTIC_SOLVERS",
+    "Epochs",
+    "Problem",
+    "Solver",
+    "is_stochastic",
+    "minimize_lbfgs",
+    "optimizer_for",
+    "with_clipping",
+]
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+SMALLEST_RATE = 1e-6
+"""An adaptive learning rate at or below this is not divided further: training stops."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is minimised: a network's parameters on these rows."""
+
+    net: MLP
+    rows: Rows
+    target: npt.NDArray[Any]
+    sample_weight: npt.NDArray[Any] | None
+    alpha: float
+    """scikit-learn's L2 penalty, which each mini-batch divides by its weight."""
+
+    @property
+    def outputs_averaged(self) -> int:
+        """K where scikit-learn reports the mean over K outputs of a loss whose sum it differentiates, else 1."""
+        architecture = self.net.architecture
+        return architecture.layer_sizes[-1] if architecture.loss.name == "squared_error" else 1
+
+    def reported(self, loss: float, penalty: float) -> float:
+        """What scikit-learn calls the loss, from C with its penalty, and the penalty."""
+        return (loss - penalty) / self.outputs_averaged + penalty
+
+
+# Stochastic solvers
+
+
+def optimizer_for(solver: str, settings: Any) -> Optimizer:
+    """The library's optimizer behind the name of a solver, with an estimator's settings."""
+    return STOCHASTIC_SOLVERS[solver](settings)
+
+
+def with_clipping(optimizer: Optimizer, clip_norm: float | None) -> Optimizer:
+    """The optimizer with an estimator's `clip_norm`, where that has one."""
+    return optimizer if clip_norm is None else replace(optimizer, clip_norm=clip_norm)
+
+
+def is_stochastic(solver: Any) -> bool:
+    """Whether a solver works in mini-batches, and so has `partial_fit`."""
+    return isinstance(solver, Optimizer) or (isinstance(solver, str) and solver in STOCHASTIC_SOLVERS)
+
+
+def _sgd(settings: Any) -> SGD:
+    # scikit-learn allows a momentum of 1, the library what is below it: the float next to 1 is both.
+    momentum = min(float(settings.momentum), float(np.nextafter(1, 0)))
+    return SGD(momentum=momentum, nesterov=bool(settings.nesterovs_momentum) and momentum > 0)
+
+
+def _adam(kind: type[Adam]) -> Callable[[Any], Adam]:
+    return lambda settings: kind(beta_1=settings.beta_1, beta_2=settings.beta_2, epsilon=settings.epsilon)
+
+
+STOCHASTIC_SOLVERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam(Adam),
+    "adamw": _adam(AdamW),
+    "rmsprop": lambda settings: RMSprop(epsilon=settings.epsilon),
+}
+
+
+@dataclass
+class Solver:
+    """An optimizer on its way: its state, its learning rate, and scikit-learn's three rules for changing that."""
+
+    optimizer: Optimizer
+    schedule: Schedule | None
+    """The library's schedule, step by step; None for `rule`, which is applied between epochs."""
+    rule: str
+    """constant, invscaling or adaptive."""
+    learning_rate_init: float
+    power_t: float
+    steps_before: int
+    """Updates that the network had before: dropout counts on from there."""
+    epsilon_beside_v: bool = False
+    """Whether Adam's ε goes where scikit-learn adds it; see `AdamTrainer`."""
+    step: int = 0
+    """Updates so far."""
+    learning_rate: float = field(init=False)
+    state: dict[str, Array] | None = field(default=None, repr=False)
+    ops: Backend | None = field(default=None, repr=False)
+    """The backend of `state`."""
+
+    def __post_init__(self) -> None:
+        self.learning_rate = float(self.learning_rate_init)
+
+    def state_on(self, net: MLP) -> dict[str, Array]:
+        """The optimizer's slots as arrays of the network's backend, zero before the first step."""
+        if self.state is None:
+            shape, dtype = net.parameters.shape, net.parameters.dtype
+            self.state = {slot: net.ops.zeros(shape, dtype) for slot in self.optimizer.slots}
+        elif self.ops is not net.ops:
+            self.state = {slot: net.ops.asarray(x, net._array_dtype) for slot, x in self._host_state().items()}
+        self.ops = net.ops
+        return self.state
+
+    def _host_state(self) -> dict[str, npt.NDArray[Any]]:
+        return {slot: x if self.ops is None else self.ops.to_numpy(x) for slot, x in (self.state or {}).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "state": self.state and self._host_state(), "ops": None}
+
+    def rates(self, n_steps: int) -> Floats:
+        """The learning rate of each of the next updates."""
+        if self.schedule is None:
+            return np.full(n_steps, self.learning_rate)
+        rates = self.schedule.rates(np.arange(self.step, self.step + n_steps))
+        self.learning_rate = float(rates[-1])
+        return rates
+
+    def epoch_ends(self, rows_seen: int) -> None:
+        """Inverse scaling goes by the rows seen since the first fit."""
+        if self.rule == "invscaling":
+            self.learning_rate = self.learning_rate_init / (rows_seen + 1) ** self.power_t
+
+    def stagnates(self) -> str:
+        """What follows from no more improvement, in words; "Stopping." ends them where training is to stop."""
+        if self.rule != "adaptive":
+            return "Stopping."
+        if self.learning_rate <= SMALLEST_RATE:
+            return "Learning rate too small. Stopping."
+        self.learning_rate /= 5.0
+        return f"Setting learning rate to {self.learning_rate:f}"
+
+
+class AdamTrainer(OperationTrainer):
+    """Steps of Adam as scikit-learn has it: its ε is added to √v, the library's to √v̂ = √v / √(1 − β₂ᵗ).
+
+    The library's Adam becomes scikit-learn's with ε / √(1 − β₂ᵗ) at step t. A backend's own trainer keeps the
+    library's ε; the two part in weights whose gradient is of the size of ε, until t is a few thousand.
+    """
+
+    def __init__(self, net: MLP, job: TrainingJob) -> None:
+        super().__init__(net, job)
+        assert isinstance(job.optimizer, Adam)
+        self.adam = job.optimizer
+
+    def _step(self, batch: Indices, learning_rate: float, alpha: float, step: int) -> float:
+        epsilon = self.adam.epsilon / math.sqrt(1 - self.adam.beta_2 ** (step + 1))
+        self.job = replace(self.job, optimizer=replace(self.adam, epsilon=epsilon))
+        return super()._step(batch, learning_rate, alpha, step)
+
+
+class Epochs:
+    """Passes over training rows: one update for each mini-batch, on the backend's trainer."""
+
+    def __init__(self, problem: Problem, solver: Solver, batch_size: int) -> None:
+        net = problem.net
+        self.problem, self.solver, self.batch_size = problem, solver, batch_size
+        taken = (problem.rows, problem.target, problem.sample_weight)
+        job = training._job(net, solver.optimizer, taken, batch_size, solver.steps_before, solver.state_on(net))
+        own = net.ops.trainer(job)
+        self.trainer = own or (AdamTrainer if solver.epsilon_beside_v else OperationTrainer)(net, job)
+
+    def run(self, order: Indices, after_step: AfterStep) -> float:
+        """Train on these rows in this order; returns the epoch's loss as scikit-learn reports it."""
+        w = self.problem.sample_weight
+        starts = np.arange(0, len(order), self.batch_size)
+        n_rows = np.diff(starts, append=len(order))
+        weights = n_rows if w is None else np.add.reduceat(w[order].astype(np.float64), starts)
+        # A mini-batch without weight is no part of the cost, and so has no penalty; scikit-learn divides by 0 there.
+        alphas = np.divide(self.problem.alpha, weights, out=np.zeros(len(starts)), where=weights > 0)
+        rates = self.solver.rates(len(starts))
+        if w is None and self.problem.outputs_averaged == 1:
+            total = self.trainer.run(order, rates, alphas, self.solver.step, after_step)
+        else:
+            total = self._step_by_step(order, rates, alphas, (n_rows, weights), after_step)
+        self.solver.step += len(starts)
+        return total / len(order)
+
+    def _step_by_step(
+        self, order: Indices, rates: Floats, alphas: Floats, batches: tuple[Any, Any], after_step: AfterStep
+    ) -> float:
+        """Σ n · (the reported loss): it takes each mini-batch's own loss, which a longer run adds up otherwise."""
+        total, going_on = 0.0, True
+
+        def after(n: int) -> bool:
+            nonlocal going_on
+            going_on = after_step(n)
+            return going_on
+
+        for i, (n_rows, weight) in enumerate(zip(*batches, strict=True)):
+            penalty = self.problem.net._penalty(alphas[i])
+            batch = order[i * self.batch_size : i * self.batch_size + n_rows]
+            loss = self.trainer.run(batch, rates[i : i + 1], alphas[i : i + 1], self.solver.step + i, after)
+            total += float(n_rows) * self.problem.reported(loss / weight if weight else 0.0, penalty)
+            if not (going_on and np.isfinite(total)):
+                break
+        return total
+
+
+# L-BFGS
+
+
+def minimize_lbfgs(problem: Problem, *, max_iter: int, max_fun: int, tol: float) -> Any:
+    """SciPy's L-BFGS on all rows at once; leaves the parameters where it ends and returns SciPy's result."""
+    net = problem.net
+    function = _FullCost(problem)
+    start = np.array(net.ops.to_numpy(net.parameters))
+    options = {"maxfun": max_fun, "maxiter": max_iter, "gtol": tol}
+    result = scipy.optimize.minimize(function, start, method="L-BFGS-B", jac=True, options=options)
+    net.parameters[...] = net.ops.asarray(result.x, net._array_dtype)
+    return result
+
+
+class _FullCost:
+    """(the reported loss, the gradient) of a flat vector of parameters."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.gradients = problem.net.ops.empty(problem.net.parameters.shape, problem.net.parameters.dtype)
+        self.n_rows = len(problem.rows)
+        self.chunks = problem.net._chunks(self.n_rows)  # so that a sparse X is never dense as a whole
+        self.weight = self._weight(slice(None))
+        self.alpha = problem.alpha / self.weight
+
+    def __call__(self, x: Floats) -> tuple[float, Floats]:
+        net = self.problem.net
+        net.parameters[...] = net.ops.asarray(x, net._array_dtype)
+        loss, gradient = 0.0, np.zeros(len(x))
+        for chunk in self.chunks:
+            share = self._weight(chunk) / self.weight
+            loss += share * self._chunk(chunk)
+            gradient += share * net.ops.to_numpy(self.gradients)
+        return self.problem.reported(loss, net._penalty(self.alpha)), gradient
+
+    def _weight(self, chunk: slice) -> float:
+        """The rows' weights, added up; their number, where they have none."""
+        w = self.problem.sample_weight
+        return len(range(self.n_rows)[chunk]) if w is None else float(w[chunk].sum(dtype=np.float64))
+
+    def _chunk(self, chunk: slice) -> float:
+        """C of a chunk, with the whole penalty; overwrites `gradients`."""
+        problem, ops = self.problem, self.problem.net.ops
+        w = problem.sample_weight
+        forward = problem.net.forward(ops.asarray(problem.rows.take(chunk)))
+        loss, _ = problem.net.backward(
+            forward,
+            ops.asarray(problem.target[chunk]),
+            None if w is None else ops.asarray(w[chunk]),
+            self.gradients,
+            alpha=self.alpha,
+        )
+        return loss
