@@ -28,6 +28,8 @@ class Rows(ABC):
 
     shape: tuple[int, int]
     dtype: str
+    array: Array | None = None
+    """All rows as one C-contiguous array of `dtype` in memory; None where there is none."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -42,6 +44,7 @@ class DenseRows(Rows):
 
     def __init__(self, x: Array, dtype: str) -> None:
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+        self.array = None if isinstance(x, np.memmap) else x
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows; a slice of an array that fits as it is comes back as a view."""

@@ -443,7 +443,7 @@ class MLP:
         w = np.ones(len(rows)) if sample_weight is None else sample_weight
         total, outputs = 0.0, []
         for chunk in self._chunks(len(rows)):
-            z = self.forward(ops.asarray(rows.take(chunk))).z[-1]
+            z = self._z_out(ops.asarray(rows.take(chunk)))
             weight = None if sample_weight is None else ops.asarray(w[chunk])
             cost, _ = ops.output_delta(
                 z,
@@ -463,8 +463,13 @@ class MLP:
     def _outputs(self, rows: Rows) -> npt.NDArray[Any]:
         """The output layer's activations, (N, n_outputs), on the host."""
         ops, sigma = self.ops, self.architecture.output_activation
-        chunks = (self.forward(ops.asarray(rows.take(chunk))).z[-1] for chunk in self._chunks(len(rows)))
+        chunks = (self._z_out(ops.asarray(rows.take(chunk))) for chunk in self._chunks(len(rows)))
         return np.concatenate([ops.to_numpy(ops.output_forward(z, sigma)) for z in chunks])
+
+    def _z_out(self, X: Array) -> Array:
+        """z of the output layer, without dropout."""
+        z = self.ops.whole_forward(self.architecture, self._parameters, X)
+        return self.forward(X).z[-1] if z is None else z
 
     def _chunks(self, n_rows: int) -> list[slice]:
         size = max(1, min(PREDICT_ROWS, PREDICT_ENTRIES // max(self.layer_sizes)))

@@ -1,5 +1,6 @@
 """Taking data in: every container that holds numbers trains the same network; bad data is refused, changing nothing."""
 
+import importlib
 import re
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_every_container_of_the_same_numbers_gives_the_same_run(container, X, y)
     assert np.array_equal(trained(CONTAINERS[container](X), y), trained(X, y))
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """A backend that takes several mini-batches of such rows at once, by their size, takes one."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(importlib.import_module("backprop_gpu.backends.cpu_step"), "BYTES_PER_CALL", 1)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_memory_map_is_read_mini_batch_by_mini_batch(tmp_path, X, y, monkeypatch):
     path = tmp_path / "X.npy"
     np.save(path, X)
@@ -98,6 +107,7 @@ def test_a_memory_map_is_read_mini_batch_by_mini_batch(tmp_path, X, y, monkeypat
     assert np.array_equal(result, trained(X, y))
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_sparse_rows_are_never_dense_as_a_whole(X, y, monkeypatch):
     sizes = []
     original = sp.csr_array.toarray

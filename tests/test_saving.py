@@ -249,6 +249,7 @@ RUN = """
 import os, signal, sys
 import numpy as np
 import backprop_gpu as bp
+from backprop_gpu.progress import ProgressBar
 
 path, kill_after = sys.argv[1], int(sys.argv[2])
 rng = np.random.default_rng(0)
@@ -260,14 +261,12 @@ def kill(net, history):
     if len(history) == kill_after:
         os.kill(os.getpid(), signal.SIGKILL)
 
-updates = [0]
-update = net.ops.update
-def kill_in_the_middle(*arguments, **options):
-    updates[0] += 1
-    if updates[0] == -kill_after:
+rows = [0]
+def kill_in_the_middle(bar, n_rows):
+    rows[0] += n_rows
+    if 0 < -kill_after * 7 <= rows[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(*arguments, **options)
-net.ops.update = kill_in_the_middle
+ProgressBar.update = kill_in_the_middle
 
 history = net.fit(
     X, y, epochs=12, batch_size=7, sample_weight=w, validation_fraction=0.2, checkpoint=path, callbacks=[kill],
@@ -279,7 +278,7 @@ sys.stdout.buffer.write(net.parameters.tobytes())
 
 
 def run_and_kill(path, kill_after):
-    """The run in a process of its own, killed after that many epochs, or before update −kill_after."""
+    """The run in a process of its own, killed after that many epochs, or after update −kill_after, about."""
     return subprocess.run([sys.executable, "-c", textwrap.dedent(RUN), path, str(kill_after)], capture_output=True)
 
 

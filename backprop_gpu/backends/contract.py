@@ -327,6 +327,13 @@ class Backend(ABC):
         """
         return None
 
+    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array | None:
+        """z of the output layer, (N, n_out), for rows X, without dropout; or None where this backend has no such path.
+
+        Without one, the network composes it of `dense_forward`, with the same numbers.
+        """
+        return None
+
     # What a backend writes: arguments checked, outputs allocated
 
     @abstractmethod

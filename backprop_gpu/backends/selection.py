@@ -23,6 +23,10 @@ MODULES = {"cuda": "cuda", "numba-cuda": "numba_cuda", "cpu": "cpu", "numpy": "n
 """Every backend by name, fastest first, and its module in this package."""
 
 
+DEPENDENCY = {"cuda": "cupy-cuda12x", "numba-cuda": "numba-cuda", "cpu": "numba", "numpy": "numpy"}
+"""What each backend imports beyond NumPy."""
+
+
 @dataclass(frozen=True)
 class BackendStatus:
     """Whether one backend works on this machine, and if not, why."""
@@ -79,7 +83,10 @@ def _status(name: str) -> BackendStatus:
     module = f"{__package__}.{MODULES[name]}"
     if find_spec(module) is None:
         return BackendStatus(name, False, "not part of this release of backprop_gpu")
-    reason = import_module(module).probe()
+    try:
+        reason = import_module(module).probe()
+    except ImportError as error:
+        reason = f"{error}; pip install {DEPENDENCY[name]}"
     return BackendStatus(name, reason is None, reason or "")
 
 

@@ -1,0 +1,145 @@
+"""The `cpu` backend: whole training steps and whole forward passes, compiled by Numba for the machine's own vectors.
+
+Both run on plain threads (`threads.available()` of them) that leave the interpreter alone, and use no BLAS; so does
+every loss, optimizer and activation, with dropout or without. The five operations one by one are NumPy's products,
+on BLAS's threads, with compiled passes over their results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numba.core import config
+
+from backprop_gpu.activations import Activation
+from backprop_gpu.architecture import Architecture
+from backprop_gpu.backends import cpu_plan
+from backprop_gpu.backends import threads as threading
+from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob
+from backprop_gpu.backends.cpu_step import StepTrainer, plain, shares
+from backprop_gpu.backends.numpy import NumpyBackend
+from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
+from backprop_gpu.kernels.numba_cpu.network import Batches
+from backprop_gpu.losses import Loss
+from backprop_gpu.optimizers import Optimizer
+
+__all__ = ["BACKEND", "CpuBackend", "probe"]
+
+
+def probe() -> str | None:
+    """Why this backend does not work here: it does where Numba can be imported, as this module does, and compiles."""
+    return "NUMBA_DISABLE_JIT is set, so nothing is compiled; unset it" if config.DISABLE_JIT else None  # type: ignore[attr-defined]
+
+
+def _flat(x: Array) -> Array:
+    return plain(x).reshape(-1)
+
+
+class CpuBackend(NumpyBackend):
+    """Compiled by Numba; runs wherever Numba does."""
+
+    name: ClassVar[str] = "cpu"
+
+    def trainer(self, job: TrainingJob) -> Trainer:
+        """Whole compiled steps, for every job."""
+        return StepTrainer(job)
+
+    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array:
+        """z of the output layer, a tile of rows at a time through all layers while it is in cache."""
+        z = np.empty((len(X), architecture.layer_sizes[-1]), X.dtype)
+        plan = cpu_plan.for_inference(architecture, len(X), X.dtype.name, threading.available())
+        layout = cpu_plan.Layout(architecture, plan, len(X), X.dtype.name)
+        record, memory = layout.record(architecture), layout.memory()
+        step.load(layout.layers, plain(parameters), memory, memory.parameters, False)
+        x, flat = plain(X), _flat(z)
+        threading.run(plan.n_threads, lambda thread: step.infer(thread, record, layout.layers, x, memory, flat))
+        return z
+
+    def _dense_forward(
+        self,
+        a_prev: Array,
+        W: Array,
+        b: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        a: Array,
+        z: Array | None,
+    ) -> None:
+        z = np.matmul(a_prev, W, out=a if z is None else z)
+        z += b
+        operations.activate(activations.CODES[activation.name], _flat(z), _flat(a))
+        self._drop(a, dropout)
+
+    def _drop(self, x: Array, dropout: Dropout | None) -> None:
+        if dropout is not None:
+            seed = np.uint64(dropout.seed)
+            operations.drop(_flat(x), x.shape[1], dropout.rate, seed, dropout.layer, dropout.step)
+
+    def _output_delta(
+        self,
+        z: Array,
+        target: Array,
+        loss: Loss,
+        output_activation: str,
+        sample_weight: Array | None,
+        delta: Array,
+    ) -> float:
+        n = len(z)
+        share, _ = shares(np.arange(n), sample_weight, n)
+        labels = target if target.ndim == 1 else np.empty(0, np.int32)
+        values = target if target.ndim == 2 else np.empty((0, 0), z.dtype)
+        batches = Batches(values, plain(labels), plain(values), np.arange(n), share)
+        code, sigma = output_delta.CODES[loss.name], output_delta.SIGMAS[output_activation]
+        setting = output_delta.setting(loss)
+        cost = operations.output_delta_of_rows(code, setting, sigma, _flat(z), z.shape[1], batches, _flat(delta))
+        return float(cost)
+
+    def _dense_backward(
+        self,
+        delta_next: Array,
+        W_next: Array,
+        kept: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        delta: Array,
+    ) -> None:
+        np.matmul(delta_next, W_next.T, out=delta)
+        self._drop(delta, dropout)
+        scale = 1 - dropout.rate if dropout is not None and activation.derivative_from == "a" else 1.0
+        code = activations.CODES[activation.name]
+        operations.multiply_by_sigma_derivative(code, _flat(kept), scale, _flat(delta))
+
+    def _update(
+        self,
+        parameters: Array,
+        gradients: Array,
+        state: Mapping[str, Array],
+        optimizer: Optimizer,
+        learning_rate: float,
+        step: int,
+        n_weights: int,
+    ) -> None:
+        scale = 1.0
+        if optimizer.clip_norm is not None:
+            norm = math.sqrt(self.sum_squares(gradients))
+            if not norm <= optimizer.clip_norm:  # a norm that is not finite makes every gradient NaN, and shows
+                scale = optimizer.clip_norm / norm if math.isfinite(norm) else math.nan
+        slots: list[Any] = [plain(state[slot]) for slot in optimizer.slots]
+        operations.optimize(
+            update.CODES[type(optimizer)],
+            update.settings(optimizer),
+            plain(parameters),
+            plain(gradients),
+            slots[0],
+            slots[-1],
+            n_weights,
+            float(learning_rate),
+            scale,
+            step,
+        )
+
+
+BACKEND = CpuBackend

@@ -1,0 +1,185 @@
+"""How the `cpu` backend divides a training step among threads and caches, and the memory that this takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu.architecture import Architecture
+from backprop_gpu.backends.numpy import FORWARD
+from backprop_gpu.kernels.numba_cpu import activations, output_delta
+from backprop_gpu.kernels.numba_cpu import update as updates
+from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
+from backprop_gpu.optimizers import Optimizer
+
+__all__ = ["Layout", "Plan", "for_inference", "for_training"]
+
+Record = npt.NDArray[Any]
+
+ALIGNMENT = 64
+"""Bytes of a cache line, and of the widest vector."""
+
+TILE_BYTES = 256 << 10
+"""What a tile may take of a core's cache, with a and δ of every layer."""
+
+TILE_ROWS = 128
+
+SPLIT_ROWS_BYTES = 128 << 10
+"""A gradient up to this size is summed by each thread for itself."""
+
+ROWS_PER_THREAD = 2 * BLOCK_ROWS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is divided. The same plan gives the same bits."""
+
+    n_threads: int
+    tile_rows: int
+    """Rows that a thread takes through all layers at a time."""
+    split_rows: bool
+    """Each thread sums ∂C/∂W over its own rows; else it computes its own blocks of ∂C/∂W over all rows."""
+
+
+def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: int) -> Plan:
+    """The plan for a forward pass: every thread takes its own tiles."""
+    plan = for_training(architecture, n_rows, dtype, threads)
+    return Plan(plan.n_threads, plan.tile_rows, split_rows=True)
+
+
+def for_training(architecture: Architecture, batch_size: int, dtype: str, threads: int) -> Plan:
+    """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes alone."""
+    itemsize = np.dtype(dtype).itemsize
+    n_threads = max(1, min(threads, batch_size // ROWS_PER_THREAD))
+    rows = math.ceil(batch_size / n_threads)
+    bytes_per_row = 2 * itemsize * sum(round_up(size, width(dtype)) for size in architecture.layer_sizes)
+    most = min(TILE_ROWS, max(BLOCK_ROWS, TILE_BYTES // bytes_per_row))
+    tile_rows = round_up(math.ceil(rows / math.ceil(rows / most)), BLOCK_ROWS)
+    split_rows = architecture.n_parameters * itemsize <= SPLIT_ROWS_BYTES
+    return Plan(n_threads, tile_rows, split_rows)
+
+
+class Layout:
+    """Where everything lies for one plan: the records that the compiled step reads, and its memory."""
+
+    def __init__(self, architecture: Architecture, plan: Plan, batch_size: int, dtype: str) -> None:
+        self.plan, self.dtype = plan, np.dtype(dtype)
+        self.panel = width(dtype)
+        self.layers = np.zeros(architecture.n_layers, LAYER)
+        rows = plan.tile_rows if plan.split_rows else round_up(batch_size, BLOCK_ROWS)
+        self.stride, self.tile_stride = rows * self.panel, plan.tile_rows * self.panel
+        self._describe(architecture)
+        self.n_weights = self._place_weights()
+        self.n_parameters = self._place_biases(self.n_weights)
+        self.n_transposed = self._place_transposed()
+        self.n_passes = self._place_passes()
+        self.n_scratch = self._place_scratch()
+
+    def _describe(self, architecture: Architecture) -> None:
+        layers = self.layers
+        layers["n_in"], layers["n_out"] = zip(*pairwise(architecture.layer_sizes), strict=True)
+        for layer, activation in zip(layers, architecture.activations, strict=False):
+            layer["sigma"] = activations.CODES[activation.name]
+            layer["from_z"] = activation.derivative_from == "z"
+            layer["pads"] = FORWARD[activation.name](np.zeros(1))[0] != 0
+        layers["dropout"][:-1] = architecture.dropout
+
+    def _columns(self, n: int) -> int:
+        """Columns with the padding."""
+        return int(round_up(n, self.panel))
+
+    def _place_weights(self) -> int:
+        end = 0
+        for layer in self.layers:
+            layer["W"], layer["W_stride"] = end, round_up(layer["n_in"], BLOCK_ROWS) * self.panel
+            end += self._columns(layer["n_out"]) // self.panel * layer["W_stride"]
+        return int(end)
+
+    def _place_biases(self, end: int) -> int:
+        for layer in self.layers:
+            layer["b"] = end
+            end += self._columns(layer["n_out"])
+        return int(end)
+
+    def _place_transposed(self) -> int:
+        end = 0
+        for layer in self.layers[1:]:
+            layer["T"], layer["T_stride"] = end, round_up(layer["n_out"], BLOCK_ROWS) * self.panel
+            end += self._columns(layer["n_in"]) // self.panel * layer["T_stride"]
+        return int(end)
+
+    def _place_passes(self) -> int:
+        """a⁰, then a and δ of every layer; `a` of the output layer is its z."""
+        end = self._columns(self.layers[0]["n_in"]) // self.panel * self.stride
+        a_prev = 0
+        for layer in self.layers:
+            size = self._columns(layer["n_out"]) // self.panel * self.stride
+            layer["a_prev"], layer["a"], layer["delta"] = a_prev, end, end + size
+            a_prev, end = end, end + 2 * size
+        return int(end)
+
+    def _place_scratch(self) -> int:
+        end = 0
+        for layer in self.layers:
+            size = self._columns(layer["n_out"]) // self.panel * self.tile_stride
+            layer["z"], end = end, end + size * layer["from_z"]
+            layer["factors"], end = end, end + size * (layer["dropout"] > 0)
+        return int(end)
+
+    def record(
+        self,
+        architecture: Architecture,
+        optimizer: Optimizer | None = None,
+        batch_size: int = 0,
+        seed: int = 0,
+    ) -> Record:
+        """The PLAN record; a forward pass needs no optimizer."""
+        plan = self.plan
+        record = np.zeros(1, PLAN)
+        record["n_layers"], record["n_threads"], record["batch_size"] = len(self.layers), plan.n_threads, batch_size
+        record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
+        record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
+        record["tile_stride"], record["tile_span"] = self.tile_stride, self._span(self.n_scratch)
+        record["n_weights"], record["n_parameters"] = self.n_weights, self.n_parameters
+        record["loss"] = output_delta.CODES[architecture.loss.name]
+        record["loss_setting"] = output_delta.setting(architecture.loss)
+        record["sigma"] = output_delta.SIGMAS[architecture.output_activation]
+        record["seed"] = seed
+        if optimizer is not None:
+            record["optimizer"] = updates.CODES[type(optimizer)]
+            record["clip_norm"] = math.inf if optimizer.clip_norm is None else optimizer.clip_norm
+        return record
+
+    def memory(self, n_slots: int = 0, *, training: bool = False) -> Memory:
+        """Everything that a pass writes, zeroed; what only training needs is empty without it."""
+        threads = self.plan.n_threads
+        n_gradients = self._span(self.n_parameters) if training else 0
+        slot_1, slot_2 = (self._zeros(self.n_parameters * (n_slots > slot)) for slot in range(2))
+        return Memory(
+            parameters=self._zeros(self.n_parameters),
+            transposed=self._zeros(self.n_transposed * training),
+            slot_1=slot_1,
+            slot_2=slot_2,
+            gradients=self._zeros(threads * n_gradients).reshape(threads, n_gradients),
+            passes=self._zeros(self._span(self.n_passes) * (threads if self.plan.split_rows else 1)),
+            scratch=self._zeros(self._span(self.n_scratch) * threads),
+            zeros=self._zeros(self.panel),
+            norms=np.zeros((threads, 8)),
+        )
+
+    def _span(self, n: int) -> int:
+        """From one thread's part to the next: whole cache lines, and no multiple of a page, which caches dislike."""
+        line = ALIGNMENT // self.dtype.itemsize
+        return int(round_up(n, line)) + line
+
+    def _zeros(self, n: int) -> npt.NDArray[Any]:
+        """An aligned vector."""
+        raw = np.zeros(n * self.dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + n * self.dtype.itemsize].view(self.dtype)

@@ -1,0 +1,150 @@
+"""Whole training steps on the CPU: the host's side of `kernels/numba_cpu/step.py`."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu.backends import cpu_plan, threads
+from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
+from backprop_gpu.kernels.numba_cpu import barrier as barriers
+from backprop_gpu.kernels.numba_cpu import step, update
+from backprop_gpu.kernels.numba_cpu.network import Batches
+
+__all__ = ["StepTrainer", "plain", "shares"]
+
+Array = npt.NDArray[Any]
+
+SECONDS_PER_CALL = 0.1
+"""How long the compiled steps run before they return to Python, for the progress bar and Ctrl-C."""
+
+BYTES_PER_CALL = 64 << 20
+"""Rows made dense for one call, of data that is not in memory as it is needed."""
+
+
+class StepTrainer(Trainer):
+    """Trains a job in whole steps. Within a `run`, parameters and optimizer state live in panels."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.n_threads = 0
+        self.settings = update.settings(job.optimizer)
+
+    def run(
+        self,
+        order: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> float:
+        """See `Trainer.run`."""
+        self._prepare(threads.available())
+        share, weights = shares(order, self.job.sample_weight, self.job.batch_size)
+        self._load()
+        total, done, most = 0.0, 0, self._most_steps_per_call()
+        n_steps = min(most, 4)
+        while done < len(learning_rates):
+            steps = slice(done, min(done + n_steps, len(learning_rates)))
+            rows = slice(steps.start * self.job.batch_size, steps.stop * self.job.batch_size)
+            start = time.perf_counter()
+            losses = self._steps(order[rows], share[rows], learning_rates[steps], alphas[steps], first_step + done)
+            seconds = time.perf_counter() - start
+            total += float(np.dot(losses, weights[steps]))
+            done = steps.stop
+            if not (np.isfinite(total) and after_step(len(order[rows]))):
+                break
+            n_steps = min(most, max(1, min(4 * n_steps, int(n_steps * SECONDS_PER_CALL / seconds))))
+        self._store()
+        return total
+
+    def _prepare(self, n_threads: int) -> None:
+        """Plan and memory for so many threads, kept until their number changes."""
+        if n_threads == self.n_threads:
+            return
+        job, self.n_threads = self.job, n_threads
+        self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
+        layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
+        self.layers = layout.layers
+        self.record = layout.record(job.architecture, job.optimizer, job.batch_size, job.seed)
+        self.memory = layout.memory(len(job.optimizer.slots), training=True)
+
+    def _most_steps_per_call(self) -> int:
+        if self.job.rows.array is not None:
+            return 1 << 40
+        bytes_per_step = self.job.batch_size * self.job.rows.shape[1] * self.record.dtype.itemsize
+        return max(1, BYTES_PER_CALL // bytes_per_step)
+
+    def _steps(self, order: Array, share: Array, learning_rates: Array, alphas: Array, first_step: int) -> Array:
+        """C of each step."""
+        job, plan = self.job, self.plan
+        batches = self._batches(order, share)
+        losses = np.zeros((plan.n_threads, len(learning_rates)))
+        barrier = barriers.new()
+
+        def work(thread: int) -> None:
+            step.train(
+                thread,
+                self.record,
+                self.layers,
+                batches,
+                self.memory,
+                barrier,
+                self.settings,
+                learning_rates,
+                alphas,
+                first_step + 1,
+                job.steps_before + first_step,
+                losses,
+            )
+
+        threads.run(plan.n_threads, work, lambda: barriers.stop(barrier))
+        total: Array = losses.sum(axis=0)
+        return total
+
+    def _batches(self, order: Array, share: Array) -> Batches:
+        """The rows of some mini-batches: all data and which of it, or where the data is elsewhere, just these rows."""
+        x, target = self.job.rows.array, self.job.target
+        if x is None:
+            x, target, order = self.job.rows.take(order), target[order], np.arange(len(order))
+        labels = target if target.ndim == 1 else np.empty(0, np.int32)
+        values = target if target.ndim == 2 else np.empty((0, 0), self.job.dtype)
+        return Batches(plain(x), plain(labels), plain(values), plain(order), share)
+
+    def _load(self) -> None:
+        for flat, packed in self._vectors():
+            step.load(self.layers, plain(flat), self.memory, packed, packed is self.memory.parameters)
+
+    def _store(self) -> None:
+        for flat, packed in self._vectors():
+            step.store(self.layers, packed, flat)
+
+    def _vectors(self) -> list[tuple[Array, Array]]:
+        """Each flat vector of the job, with its packed form."""
+        slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
+        packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
+        return list(zip((self.job.parameters, *slots), packed, strict=False))
+
+
+def shares(order: Array, sample_weight: Array | None, batch_size: int) -> tuple[Array, Array]:
+    """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
+    w = np.ones(len(order)) if sample_weight is None else sample_weight[order].astype(np.float64)
+    totals = np.add.reduceat(w, np.arange(0, len(order), batch_size))
+    of_row = np.repeat(totals, batch_size)[: len(order)]
+    return np.divide(w, of_row, out=w, where=of_row != 0), totals
+
+
+def plain(x: Array) -> Array:
+    """`x` as an array that Numba needs no further variant of the code for: aligned, writeable, of no subclass."""
+    if type(x) is np.ndarray and x.flags.writeable and x.flags.aligned:
+        return x
+    if x.nbytes == 0 or not x.flags.aligned:
+        return np.array(x)
+    memory: Any = (ctypes.c_char * x.nbytes).from_address(x.ctypes.data)
+    memory.array = x  # which lives as long as this view of it
+    view: Array = np.frombuffer(memory, x.dtype)
+    return view.reshape(x.shape)

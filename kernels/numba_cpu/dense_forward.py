@@ -1,0 +1,87 @@
+"""a = σ(a_prev W + b), with dropout, for one tile of rows that stays in cache."""
+
+from __future__ import annotations
+
+from backprop_gpu.kernels.numba_cpu.activations import apply
+from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
+from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
+from backprop_gpu.kernels.numba_cpu.panels import panel_width
+
+__all__ = ["dense_forward", "pre_activation"]
+
+
+@compiled
+def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_start, z_stride, n_rows):
+    """z = a_prev W + b."""
+    gemm_nn(
+        a_prev,
+        a_prev_start,
+        a_prev_stride,
+        parameters,
+        layer.W,
+        layer.W_stride,
+        z,
+        z_start,
+        z_stride,
+        n_rows,
+        layer.n_in,
+        layer.n_out,
+        parameters,
+        layer.b,
+        panel_width(parameters),
+    )
+
+
+@compiled
+def dense_forward(plan, layer, index, memory, n_rows, at, at_tile, first_row, step):
+    """a = σ(a_prev W + b) for the tile at `at` in `passes` and at `at_tile` in `scratch`.
+
+    n_rows : a multiple of BLOCK_ROWS; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
+    """
+    passes, scratch = memory.passes, memory.scratch
+    a, a_prev = layer.a + at, layer.a_prev + at
+    z, factors = layer.z + at_tile, layer.factors + at_tile
+    panel = panel_width(passes)
+    drops = layer.dropout > 0 and step >= 0
+    if layer.from_z:
+        pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, scratch, z, plan.tile_stride, n_rows)
+    else:
+        pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, a, plan.stride, n_rows)
+    if drops:
+        keep_factors(
+            scratch,
+            factors,
+            plan.tile_stride,
+            panel,
+            n_rows,
+            layer.n_out,
+            first_row,
+            layer.dropout,
+            plan.seed,
+            index,
+            step,
+        )
+    count = n_rows * panel
+    for p in range((layer.n_out + panel - 1) // panel):
+        a_panel = a + p * plan.stride
+        if layer.from_z:
+            apply(layer.sigma, scratch, z + p * plan.tile_stride, passes, a_panel, count)
+        else:
+            apply(layer.sigma, passes, a_panel, passes, a_panel, count)
+        if drops:
+            multiply(passes, a_panel, scratch, factors + p * plan.tile_stride, count)
+    if layer.pads:
+        zero_padding(passes, a, plan.stride, n_rows, layer.n_out)
+
+
+@compiled
+def zero_padding(x, start, stride, n_rows, n_columns):
+    """Columns that fill up the last panel become 0, where σ(0) is not."""
+    panel = panel_width(x)
+    used = n_columns % panel
+    if used:
+        last = start + (n_columns // panel) * stride
+        for r in range(n_rows):
+            for j in range(used, panel):
+                x[last + r * panel + j] = 0

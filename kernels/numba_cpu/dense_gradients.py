@@ -1,0 +1,46 @@
+"""dW = a_prevᵀ δ and db = Σ_rows δ, block by block of the packed parameters.
+
+A block is BLOCK_ROWS rows of a panel of W; blocks follow each other in memory, so any run of them is a run of the
+parameters' vector, and any share of the work is a range of block numbers.
+"""
+
+from __future__ import annotations
+
+from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.gemm import gemm_tn_block, sum_rows
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
+
+__all__ = ["bias_gradients", "weight_gradients"]
+
+
+@compiled
+def weight_gradients(plan, layer, memory, thread, first, last, n_rows, at, accumulate):
+    """dW of the layer's blocks first … last − 1 into gradients[thread], over n_rows rows from `at` on."""
+    gradients, passes = memory.gradients[thread], memory.passes
+    panel = panel_width(passes)
+    block = BLOCK_ROWS * panel
+    blocks_in_panel = layer.W_stride // block
+    for number in range(first, last):
+        p = number // blocks_in_panel
+        row = (number - p * blocks_in_panel) * BLOCK_ROWS
+        column_of_a = layer.a_prev + (row // panel) * plan.stride + row % panel
+        gemm_tn_block(
+            passes,
+            column_of_a + at,
+            passes,
+            layer.delta + p * plan.stride + at,
+            gradients,
+            layer.W + number * block,
+            n_rows,
+            layer.n_out - p * panel,
+            accumulate,
+        )
+
+
+@compiled
+def bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate):
+    """db into gradients[thread], over n_rows rows from `at` on."""
+    gradients, passes = memory.gradients[thread], memory.passes
+    panel = panel_width(passes)
+    for p in range((layer.n_out + panel - 1) // panel):
+        sum_rows(passes, layer.delta + at + p * plan.stride, gradients, layer.b + p * panel, n_rows, accumulate)

@@ -1,0 +1,66 @@
+"""Rows of the data into a tile, and parameters into panels and back."""
+
+from __future__ import annotations
+
+from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.panels import panel_width
+
+__all__ = ["gather", "gather_run", "pack", "unpack"]
+
+
+@compiled
+def copy(source, source_start, target, target_start, count):
+    """A run of elements. Slices, since an index that Numba cannot see to be positive keeps a loop from vectorising."""
+    a, b = source[source_start : source_start + count], target[target_start : target_start + count]
+    for i in range(count):
+        b[i] = a[i]
+
+
+@compiled
+def gather(x, order, first, n_rows, tile, start, stride):
+    """Rows order[first], …, order[first + n_rows − 1] of x, (·, n_columns), as the panels of a tile."""
+    panel = panel_width(tile)
+    for r in range(n_rows):
+        gather_row(x[order[first + r]], tile, start + r * panel, stride)
+
+
+@compiled
+def gather_run(x, first, n_rows, tile, start, stride):
+    """Rows first, …, first + n_rows − 1 of x as the panels of a tile."""
+    panel = panel_width(tile)
+    for r in range(n_rows):
+        gather_row(x[first + r], tile, start + r * panel, stride)
+
+
+@compiled
+def gather_row(row, tile, start, stride):
+    """One row into the panels of a tile, at `start` in the first."""
+    panel = panel_width(tile)
+    n_columns = row.size
+    at = start
+    for column in range(0, n_columns - panel + 1, panel):
+        copy(row, column, tile, at, panel)
+        at += stride
+    copy(row, n_columns - n_columns % panel, tile, at, n_columns % panel)
+
+
+@compiled
+def pack(flat, flat_start, n_rows, n_columns, packed, start, stride):
+    """A row-major matrix into panels; padding is left as it is."""
+    panel = panel_width(packed)
+    for p in range((n_columns + panel - 1) // panel):
+        column = p * panel
+        for r in range(n_rows):
+            count = min(panel, n_columns - column)
+            copy(flat, flat_start + r * n_columns + column, packed, start + p * stride + r * panel, count)
+
+
+@compiled
+def unpack(packed, start, stride, n_rows, n_columns, flat, flat_start):
+    """The inverse of `pack`."""
+    panel = panel_width(packed)
+    for p in range((n_columns + panel - 1) // panel):
+        column = p * panel
+        for r in range(n_rows):
+            count = min(panel, n_columns - column)
+            copy(packed, start + p * stride + r * panel, flat, flat_start + r * n_columns + column, count)

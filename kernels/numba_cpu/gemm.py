@@ -1,0 +1,302 @@
+"""Products of matrices in panels: one loop of fused multiply-adds behind every product of a training step.
+
+    gemm_nn:  C = A B + bias        forward: z = a_prev W + b; backward: δ_next W_nextᵀ, from a transposed copy of W
+    gemm_tn:  C = Aᵀ B, or C += Aᵀ B    ∂C/∂W = a_prevᵀ δ
+    sum_rows: c = Σ_rows B              ∂C/∂b = Σ_rows δ
+
+A block of C, BLOCK_ROWS × VECTORS vectors, stays in registers while the loop runs over the inner dimension: each step
+loads a row of B's panel as vectors and BLOCK_ROWS single elements of A. LLVM's auto-vectoriser does not find this
+form, so the loop is written as LLVM's own vector operations, which it compiles for whatever machine there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
+
+__all__ = ["gemm_nn", "gemm_tn_block", "sum_rows", "transpose_square"]
+
+UNROLL = 4
+"""Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
+
+SIZE = ir.IntType(64)
+
+
+class _Vectors:
+    """Vector operations on the elements of a 1-D array's type, in a block of `n_vectors` vectors a row."""
+
+    def __init__(self, builder: Any, element: Any, n_vectors: int, lanes: int | None = None) -> None:
+        self.builder, self.n_vectors = builder, n_vectors
+        self.scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
+        self.itemsize = element.bitwidth // 8
+        self.panel = VECTORS * VECTOR_BYTES // self.itemsize
+        self.lanes = lanes or VECTOR_BYTES // self.itemsize
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+        self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
+
+    def pointer(self, base: Any, *terms: Any) -> Any:
+        """The address of element Σ terms of `base`; a term is a value or a Python integer."""
+        for term in terms:
+            index = SIZE(term) if isinstance(term, int) else term
+            base = self.builder.gep(base, [index])
+        return base
+
+    def _to_vector(self, pointer: Any) -> Any:
+        return self.builder.bitcast(pointer, self.vector.as_pointer())
+
+    def load(self, pointer: Any) -> Any:
+        return self.builder.load(self._to_vector(pointer), align=self.itemsize)
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.builder.store(value, self._to_vector(pointer), align=self.itemsize)
+
+    def splat(self, pointer: Any) -> Any:
+        """The element there in every lane."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        element = self.builder.load(pointer, align=self.itemsize)
+        one = self.builder.insert_element(undefined, element, ir.IntType(32)(0))
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(one, undefined, lanes)
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        """x · y + z, in one instruction where the machine has it."""
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.itemsize}"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [x, y, z])
+
+    def interleave(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """x₀, y₀, x₁, y₁, …, as two vectors."""
+        lanes = [n for i in range(self.lanes) for n in (i, self.lanes + i)]
+        masks = (lanes[: self.lanes], lanes[self.lanes :])
+        kind = ir.VectorType(ir.IntType(32), self.lanes)
+        low, high = (self.builder.shuffle_vector(x, y, ir.Constant(kind, mask)) for mask in masks)
+        return low, high
+
+    def row(self, base: Any, row: int) -> list[Any]:
+        """Addresses of the vectors of one row of a block."""
+        return [self.pointer(base, row * self.panel + v * self.lanes) for v in range(self.n_vectors)]
+
+
+class _Block:
+    """A block of C in registers."""
+
+    def __init__(self, vectors: _Vectors, n_rows: int = BLOCK_ROWS) -> None:
+        self.vectors, self.builder = vectors, vectors.builder
+        # Stack slots, which LLVM turns into registers: so the loops below need no φ nodes.
+        self.sums = [
+            [cgutils.alloca_once(self.builder, vectors.vector) for _ in range(vectors.n_vectors)] for _ in range(n_rows)
+        ]
+
+    def start_from(self, values: list[Any]) -> None:
+        """Every row becomes this row of vectors."""
+        for row in self.sums:
+            for value, slot in zip(values, row, strict=True):
+                self.builder.store(value, slot)
+
+    def add_products(self, a: Any, row_step: int, k_step: int, b: Any, count: Any) -> None:
+        """C[i, :] += Σₖ a[i · row_step + k · k_step] · b[k, :] for k < count."""
+        turns = self.builder.udiv(count, SIZE(UNROLL))
+        with cgutils.for_range(self.builder, turns) as loop:
+            first = self.builder.mul(loop.index, SIZE(UNROLL))
+            for k in range(UNROLL):
+                self._step(a, row_step, k_step, b, self.builder.add(first, SIZE(k)))
+        done = self.builder.mul(turns, SIZE(UNROLL))
+        with cgutils.for_range(self.builder, self.builder.sub(count, done)) as loop:
+            self._step(a, row_step, k_step, b, self.builder.add(done, loop.index))
+
+    def _step(self, a: Any, row_step: int, k_step: int, b: Any, k: Any) -> None:
+        vectors, builder = self.vectors, self.builder
+        a = vectors.pointer(a, builder.mul(k, SIZE(k_step)))
+        b = vectors.pointer(b, builder.mul(k, SIZE(vectors.panel)))
+        b_row = [vectors.load(pointer) for pointer in vectors.row(b, 0)]
+        for i, sums in enumerate(self.sums):
+            element = vectors.splat(vectors.pointer(a, i * row_step))
+            for value, slot in zip(b_row, sums, strict=True):
+                builder.store(vectors.multiply_add(element, value, builder.load(slot)), slot)
+
+    def add_row(self, b: Any) -> None:
+        """C[i, :] += b."""
+        for sums in self.sums:
+            for slot, pointer in zip(sums, self.vectors.row(b, 0), strict=True):
+                self.builder.store(self.builder.fadd(self.builder.load(slot), self.vectors.load(pointer)), slot)
+
+    def write_or_add(self, c: Any, accumulate: Any) -> None:
+        """Overwrite C, or add to it."""
+        with self.builder.if_else(accumulate) as (adding, overwriting):
+            with adding:
+                self.add_to(c)
+            with overwriting:
+                self.write(c)
+
+    def write(self, c: Any) -> None:
+        """Overwrite C."""
+        for i, sums in enumerate(self.sums):
+            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
+                self.vectors.store(self.builder.load(slot), pointer)
+
+    def add_to(self, c: Any) -> None:
+        """Add to C."""
+        for i, sums in enumerate(self.sums):
+            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
+                total = self.builder.fadd(self.vectors.load(pointer), self.builder.load(slot))
+                self.vectors.store(total, pointer)
+
+
+def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """The address of an array's first element."""
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _block_nn(n_vectors: int) -> Any:
+    @intrinsic
+    def block_nn(typing_context, a, a_start, a_stride, b, b_start, c, c_start, depth, bias, bias_start):
+        """One block of C = A B + bias, A in panels `a_stride` apart."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, a_start, a_stride, _, b_start, _, c_start, depth, _, bias_start = arguments
+            a, b, c, bias = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
+            vectors = _Vectors(builder, signature.args[0].dtype, n_vectors)
+            panel = SIZE(vectors.panel)
+            block = _Block(vectors)
+            block.start_from([vectors.load(p) for p in vectors.row(vectors.pointer(bias, bias_start), 0)])
+            full = builder.udiv(depth, panel)
+            with cgutils.for_range(builder, full) as loop:
+                block.add_products(
+                    vectors.pointer(a, a_start, builder.mul(loop.index, a_stride)),
+                    vectors.panel,
+                    1,
+                    vectors.pointer(b, b_start, builder.mul(loop.index, SIZE(vectors.panel**2))),
+                    panel,
+                )
+            block.add_products(
+                vectors.pointer(a, a_start, builder.mul(full, a_stride)),
+                vectors.panel,
+                1,
+                vectors.pointer(b, b_start, builder.mul(full, SIZE(vectors.panel**2))),
+                builder.urem(depth, panel),
+            )
+            block.write(vectors.pointer(c, c_start))
+            return context.get_dummy_value()
+
+        size = types.intp
+        return types.void(a, size, size, b, size, c, size, size, bias, size), generate
+
+    return block_nn
+
+
+def _block_tn(n_vectors: int) -> Any:
+    @intrinsic
+    def block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumulate):
+        """One block of C = Aᵀ B or C += Aᵀ B, over `depth` rows of A's panel and of B's."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, a_start, _, b_start, _, c_start, depth, accumulate = arguments
+            a, b, c = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
+            vectors = _Vectors(builder, signature.args[0].dtype, n_vectors)
+            block = _Block(vectors)
+            block.start_from([vectors.zero] * n_vectors)
+            block.add_products(vectors.pointer(a, a_start), 1, vectors.panel, vectors.pointer(b, b_start), depth)
+            block.write_or_add(vectors.pointer(c, c_start), accumulate)
+            return context.get_dummy_value()
+
+        size = types.intp
+        return types.void(a, size, b, size, c, size, size, types.boolean), generate
+
+    return block_tn
+
+
+@intrinsic
+def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
+    """sums = Σ_rows x, or sums += Σ_rows x, over n_rows rows of one panel."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, x_start, _, sums_start, n_rows, accumulate = arguments
+        x, sums = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
+        block = _Block(vectors, n_rows=1)
+        block.start_from([vectors.zero] * VECTORS)
+        with cgutils.for_range(builder, n_rows) as loop:
+            block.add_row(vectors.pointer(x, x_start, builder.mul(loop.index, SIZE(vectors.panel))))
+        block.write_or_add(vectors.pointer(sums, sums_start), accumulate)
+        return context.get_dummy_value()
+
+    size = types.intp
+    return types.void(x, size, sums, size, size, types.boolean), generate
+
+
+@intrinsic
+def transpose_square(typing_context, x, x_start, y, y_start):
+    """y = xᵀ for BLOCK_ROWS × BLOCK_ROWS elements of a panel, in registers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, x_start, _, y_start = arguments
+        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        vectors = _Vectors(builder, signature.args[0].dtype, 1, lanes=BLOCK_ROWS)
+        x, y = vectors.pointer(x, x_start), vectors.pointer(y, y_start)
+        rows = [vectors.load(vectors.pointer(x, i * vectors.panel)) for i in range(BLOCK_ROWS)]
+        half = BLOCK_ROWS // 2
+        for _ in range(half.bit_length()):  # log₂ BLOCK_ROWS perfect shuffles of the rows are a transposition
+            rows = [row for i in range(half) for row in vectors.interleave(rows[i], rows[i + half])]
+        for i, row in enumerate(rows):
+            vectors.store(row, vectors.pointer(y, i * vectors.panel))
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, y, types.intp), generate
+
+
+# The last panel often holds few columns (10 classes, 1 output): then one vector a row is enough.
+_block_nn_full, _block_nn_narrow = _block_nn(VECTORS), _block_nn(1)
+_block_tn_full, _block_tn_narrow = _block_tn(VECTORS), _block_tn(1)
+
+
+@compiled
+def gemm_nn(
+    a,
+    a_start,
+    a_stride,
+    b,
+    b_start,
+    b_stride,
+    c,
+    c_start,
+    c_stride,
+    n_rows,
+    depth,
+    n_columns,
+    bias,
+    bias_start,
+    bias_step,
+):
+    """C = A B + bias, overwriting C: whole blocks, so n_rows rounded up to BLOCK_ROWS are read and written.
+
+    a : (n_rows, depth); b : (depth, n_columns); c : (n_rows, n_columns), all in panels; bias : n_columns entries,
+    `bias_step` from one panel's to the next (0: the same entries for each).
+    """
+    panel = panel_width(a)
+    for p in range((n_columns + panel - 1) // panel):
+        narrow = n_columns - p * panel <= panel // VECTORS
+        b_panel, c_panel, bias_panel = b_start + p * b_stride, c_start + p * c_stride, bias_start + p * bias_step
+        for i in range(0, n_rows * panel, BLOCK_ROWS * panel):
+            if narrow:
+                _block_nn_narrow(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+            else:
+                _block_nn_full(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+
+
+@compiled
+def gemm_tn_block(a, a_start, b, b_start, c, c_start, depth, n_columns, accumulate):
+    """One block of C = Aᵀ B: BLOCK_ROWS columns of A, from a_start on, by one panel of B with n_columns in use.
+
+    Overwrites the block at c_start, or adds to it. Sums over `depth` rows in one go: keep that to a tile.
+    """
+    if n_columns <= panel_width(a) // VECTORS:
+        _block_tn_narrow(a, a_start, b, b_start, c, c_start, depth, accumulate)
+    else:
+        _block_tn_full(a, a_start, b, b_start, c, c_start, depth, accumulate)

@@ -1,0 +1,94 @@
+"""What a compiled pass knows of a network and of the memory that it works in: plain records, filled in on the host.
+
+Offsets count elements. `passes` holds a and δ of every layer, `scratch` what only the tile at hand needs; all are in
+panels (see `panels`). With `split_rows`, a thread keeps its tile to itself, so `passes` has one tile for each thread;
+without, `passes` has the whole mini-batch, for all threads to read when they compute ∂C/∂W.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["LAYER", "PLAN", "Batches", "Memory"]
+
+PLAN = np.dtype(
+    [
+        ("n_layers", "i8"),
+        ("n_threads", "i8"),
+        ("batch_size", "i8"),
+        ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
+        ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
+        ("stride", "i8"),  # from panel to panel of a and δ
+        ("span", "i8"),  # from thread to thread in `passes`; 0 where the threads share it
+        ("tile_stride", "i8"),  # from panel to panel of z and of the dropout factors
+        ("tile_span", "i8"),  # from thread to thread in `scratch`
+        ("n_weights", "i8"),  # of the packed parameters: padding counts
+        ("n_parameters", "i8"),
+        ("loss", "i8"),
+        ("loss_setting", "f8"),
+        ("sigma", "i8"),  # of the output layer
+        ("optimizer", "i8"),
+        ("clip_norm", "f8"),  # ∞ for none
+        ("seed", "u8"),  # of the dropout masks
+    ],
+    align=True,
+)
+
+LAYER = np.dtype(
+    [
+        ("n_in", "i8"),
+        ("n_out", "i8"),
+        ("sigma", "i8"),  # code of σ; unused in the output layer
+        ("from_z", "i8"),  # 1: σ′ needs z, so z is computed beside a; also in the output layer
+        ("pads", "i8"),  # 1: σ(0) is not 0, so the padding of a has to be zeroed
+        ("dropout", "f8"),
+        ("W", "i8"),  # offsets in the packed parameters
+        ("W_stride", "i8"),
+        ("b", "i8"),
+        ("T", "i8"),  # offset of Wᵀ in `transposed`; none for the first layer
+        ("T_stride", "i8"),
+        ("a_prev", "i8"),  # offsets in `passes`
+        ("a", "i8"),
+        ("delta", "i8"),
+        ("z", "i8"),  # offsets in `scratch`
+        ("factors", "i8"),
+    ],
+    align=True,
+)
+
+
+class Memory(NamedTuple):
+    """Every array that a training step writes, of one dtype but for `norms`."""
+
+    parameters: Any
+    """(n_parameters,): every W in panels of W_stride, then every b, padded to whole panels."""
+    transposed: Any
+    """Wᵀ of every layer but the first, in panels: the backward pass reads it as the forward pass reads W."""
+    slot_1: Any
+    slot_2: Any
+    """The optimizer's state, laid out as the parameters; without a second slot, any array."""
+    gradients: Any
+    """(n_threads, n_parameters)."""
+    passes: Any
+    scratch: Any
+    zeros: Any
+    """One panel's width of zeros: the bias of a product without one."""
+    norms: Any
+    """(n_threads, 8) float64: each thread's part of the squared norm of the gradient, a cache line apart."""
+
+
+class Batches(NamedTuple):
+    """The rows to train on, in order."""
+
+    x: Any
+    """(n_rows, n_in), C-contiguous."""
+    labels: Any
+    """(n_rows,) int32, or empty."""
+    target: Any
+    """(n_rows, n_out), or empty."""
+    order: Any
+    """(n,) int64: indices of rows."""
+    share: Any
+    """(n,) float64: the part of each in the mean over its mini-batch, weight / Σ weight."""

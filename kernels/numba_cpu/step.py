@@ -1,0 +1,358 @@
+"""Whole training steps, as one compiled function that every thread runs.
+
+A step has three phases, with a barrier after the first and after the last:
+
+1. passes: each thread takes its rows of the mini-batch, a tile at a time, forward through all layers, through the
+   loss and backward, while the tile is in its cache;
+2. gradients: each thread owns a range of blocks of the packed parameters. With `split_rows` every thread has summed
+   ∂C/∂W over its own rows while it had them, and the owner adds the threads' sums, in their order; without, the owner
+   computes its blocks of ∂C/∂W over the whole mini-batch;
+3. update: the owner updates its blocks, which are still in its cache, and their transposed copy.
+
+Splitting the rows keeps a large batch of a narrow network in cache; splitting the blocks spares a wide network one
+gradient vector per thread, and their sum. Nothing depends on timing, so a run with as many threads has the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+from backprop_gpu.kernels.numba_cpu.barrier import wait
+from backprop_gpu.kernels.numba_cpu.borrow import borrowed
+from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
+from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
+from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
+from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
+from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
+from backprop_gpu.kernels.numba_cpu.gemm import transpose_square
+from backprop_gpu.kernels.numba_cpu.network import Batches, Memory
+from backprop_gpu.kernels.numba_cpu.output_delta import output_delta
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
+from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
+
+__all__ = ["infer", "load", "store", "train"]
+
+GROUP = 32
+"""Blocks of which the gradient is computed before they are updated: few enough to stay in a core's cache."""
+
+CHUNK_ROWS = 256
+"""Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""
+
+
+@entry_point
+def train(
+    thread, plan, layers, batches, memory, barrier, settings, learning_rates, alphas, first_step, dropout_step, losses
+):
+    """One thread's part of a step for each of `learning_rates`, over successive mini-batches of `batches.order`.
+
+    settings : the optimizer's, see `update`; alphas : the L2 penalty of each step; first_step : number of the first
+    step, from 1; dropout_step : its number for the dropout masks; losses : (n_threads, n_steps), overwritten, where
+    the sum of a column is a step's C, with the penalty. Returns early where the barrier is stopped.
+    """
+    here, batches, memory = plan[0], borrowed_batches(batches), borrowed_memory(memory)
+    for s in range(learning_rates.size):
+        first_row = s * here.batch_size
+        n_rows = min(here.batch_size, batches.order.size - first_row)
+        losses[thread, s] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
+        wait(barrier, here.n_threads)
+        losses[thread, s] += learn(
+            thread, here, layers, memory, barrier, settings, n_rows, learning_rates[s], alphas[s], first_step + s
+        )
+        wait(barrier, here.n_threads)
+
+
+@entry_point
+def infer(thread, plan, layers, x, memory, z):
+    """One thread's part of z of the output layer for all rows of x, without dropout; z is overwritten."""
+    here, layer, memory = plan[0], layers[layers.size - 1], borrowed_memory(memory)
+    low, high = rows_of(thread, here.n_threads, x.shape[0])
+    at, at_tile = thread * here.span, thread * here.tile_span
+    for row in range(low, high, here.tile_rows):
+        rows = min(here.tile_rows, high - row)
+        gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
+        hidden_layers(here, layers, memory, whole_blocks(rows), at, at_tile, 0, -1)
+        unpack(memory.passes, layer.a + at, here.stride, rows, layer.n_out, z, row * layer.n_out)
+
+
+@compiled
+def borrowed_memory(memory):
+    """See `borrow`."""
+    return Memory(
+        borrowed(memory.parameters),
+        borrowed(memory.transposed),
+        borrowed(memory.slot_1),
+        borrowed(memory.slot_2),
+        borrowed(memory.gradients),
+        borrowed(memory.passes),
+        borrowed(memory.scratch),
+        borrowed(memory.zeros),
+        borrowed(memory.norms),
+    )
+
+
+@compiled
+def borrowed_batches(batches):
+    """See `borrow`."""
+    return Batches(
+        borrowed(batches.x),
+        borrowed(batches.labels),
+        borrowed(batches.target),
+        borrowed(batches.order),
+        borrowed(batches.share),
+    )
+
+
+# Phase 1: passes
+
+
+@compiled
+def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_step):
+    """Forward, loss and backward for this thread's rows of a mini-batch; returns their part of C."""
+    panel = panel_width(memory.passes)
+    low, high = rows_of(thread, plan.n_threads, n_rows)
+    cost = 0.0
+    for row in range(low, high, plan.tile_rows):
+        rows = min(plan.tile_rows, high - row)
+        at = thread * plan.span + (0 if plan.split_rows else row * panel)
+        at_tile = thread * plan.tile_span
+        gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
+        cost += forward(plan, layers, batches, memory, first_row, row, rows, at, at_tile, dropout_step)
+        backward(thread, plan, layers, memory, rows, at, at_tile, row > low)
+    if low == high:
+        no_rows(thread, plan, memory)
+    return cost
+
+
+@compiled
+def rows_of(thread, n_threads, n_rows):
+    """The rows of one thread, first and last + 1: as even as whole blocks allow."""
+    blocks = (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    low = thread * blocks // n_threads * BLOCK_ROWS
+    high = (thread + 1) * blocks // n_threads * BLOCK_ROWS
+    return min(n_rows, low), min(n_rows, high)
+
+
+@compiled
+def whole_blocks(n_rows):
+    """n_rows rounded up to BLOCK_ROWS: what the passes compute, where only n_rows count."""
+    return (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+
+
+@compiled
+def forward(plan, layers, batches, memory, first_row, row, n_rows, at, at_tile, dropout_step):
+    """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
+    layer = layers[plan.n_layers - 1]
+    hidden_layers(plan, layers, memory, whole_blocks(n_rows), at, at_tile, row, dropout_step)
+    return output_delta(
+        plan.loss,
+        plan.loss_setting,
+        plan.sigma,
+        memory.passes,
+        layer.a + at,
+        layer.delta + at,
+        plan.stride,
+        panel_width(memory.passes),
+        n_rows,
+        layer.n_out,
+        batches,
+        first_row + row,
+    )
+
+
+@compiled
+def hidden_layers(plan, layers, memory, n_rows, at, at_tile, row, dropout_step):
+    """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
+    passes = memory.passes
+    last = plan.n_layers - 1
+    for index in range(last):
+        dense_forward(plan, layers[index], index, memory, n_rows, at, at_tile, row, dropout_step)
+    layer = layers[last]
+    pre_activation(
+        layer, memory.parameters, passes, layer.a_prev + at, plan.stride, passes, layer.a + at, plan.stride, n_rows
+    )
+
+
+@compiled
+def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
+    """The backward pass of a tile: δ of every layer, db, and with `split_rows` dW."""
+    for index in range(plan.n_layers - 1, -1, -1):
+        layer = layers[index]
+        bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
+        if plan.split_rows:
+            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), n_rows, at, accumulate)
+        if index > 0:
+            dense_backward(plan, layers[index - 1], layer, memory, whole_blocks(n_rows), at, at_tile)
+
+
+@compiled
+def no_rows(thread, plan, memory):
+    """A thread without rows in a small mini-batch adds nothing."""
+    first = 0 if plan.split_rows else plan.n_weights
+    for i in range(first, plan.n_parameters):
+        memory.gradients[thread, i] = 0
+
+
+# Phases 2 and 3: gradients and update
+
+
+@compiled
+def block_size(memory):
+    """Elements of a block of the packed parameters."""
+    return BLOCK_ROWS * panel_width(memory.parameters)
+
+
+@compiled
+def blocks_in(layer, memory):
+    """Blocks of a layer's W."""
+    panel = panel_width(memory.parameters)
+    return (layer.n_out + panel - 1) // panel * layer.W_stride // block_size(memory)
+
+
+@compiled
+def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate, alpha, step):
+    """Gradients and update of the parameters that this thread owns: a range of blocks, and one of biases.
+
+    Returns their part of the penalty ½ alpha Σ W², from before the update.
+    """
+    blocks = plan.n_weights // block_size(memory)
+    first, last = thread * blocks // plan.n_threads, (thread + 1) * blocks // plan.n_threads
+    biases = plan.n_parameters - plan.n_weights
+    first_bias = plan.n_weights + thread * biases // plan.n_threads
+    last_bias = plan.n_weights + (thread + 1) * biases // plan.n_threads
+    size = block_size(memory)
+    scale = 1.0
+    penalty = 0.0
+    if alpha > 0:
+        penalty = 0.5 * alpha * sum_squares(memory.parameters, memory.parameters, 0.0, first * size, last * size)
+    sum_over_threads(plan, memory, first_bias, last_bias)
+    clips = plan.clip_norm < math.inf
+    if clips:
+        own_gradients(plan, layers, memory, first, last, n_rows)
+        memory.norms[thread, 0] = sum_squares(
+            memory.gradients[0], memory.parameters, alpha, first * size, last * size
+        ) + sum_squares(memory.gradients[0], memory.parameters, 0.0, first_bias, last_bias)
+        wait(barrier, plan.n_threads)
+        scale = clip_scale(plan, memory)
+    for group in range(first, last, GROUP):
+        end = min(group + GROUP, last)
+        if not clips:
+            own_gradients(plan, layers, memory, group, end, n_rows)
+        update_blocks(plan, layers, memory, settings, group, end, learning_rate, alpha, scale, step)
+    update_range(plan, memory, settings, first_bias, last_bias, learning_rate, 0.0, scale, step, True)
+    return penalty
+
+
+@compiled
+def own_gradients(plan, layers, memory, first, last, n_rows):
+    """The blocks first … last − 1 of ∂C/∂W, over the whole mini-batch, into gradients[0]."""
+    size = block_size(memory)
+    if plan.split_rows:
+        sum_over_threads(plan, memory, first * size, last * size)
+        return
+    panel = panel_width(memory.passes)
+    for row in range(0, n_rows, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, n_rows - row)
+        for index in range(plan.n_layers):
+            layer = layers[index]
+            start = layer.W // size
+            low, high = max(first - start, 0), min(last - start, blocks_in(layer, memory))
+            if low < high:
+                weight_gradients(plan, layer, memory, 0, low, high, rows, row * panel, row > 0)
+
+
+@compiled
+def sum_over_threads(plan, memory, start, stop):
+    """gradients[0] += gradients[1] + …, in this order."""
+    for thread in range(1, plan.n_threads):
+        add(memory.gradients[0], memory.gradients[thread], start, stop)
+
+
+@compiled
+def clip_scale(plan, memory):
+    """clip_norm / norm where the gradient's norm exceeds clip_norm, NaN where it is not finite, else 1."""
+    total = 0.0
+    for thread in range(plan.n_threads):
+        total += memory.norms[thread, 0]
+    norm = math.sqrt(total)
+    if norm <= plan.clip_norm:
+        return 1.0
+    return plan.clip_norm / norm if norm < math.inf else math.nan
+
+
+@compiled
+def update_blocks(plan, layers, memory, settings, first, last, learning_rate, alpha, scale, step):
+    """Update the blocks first … last − 1, and their transposed copy."""
+    size = block_size(memory)
+    update_range(plan, memory, settings, first * size, last * size, learning_rate, alpha, scale, step, False)
+    for index in range(1, plan.n_layers):
+        layer = layers[index]
+        start = layer.W // size
+        transpose_blocks(layer, memory, max(first - start, 0), min(last - start, blocks_in(layer, memory)))
+
+
+@compiled
+def transpose_blocks(layer, memory, first, last):
+    """Copy a layer's blocks first … last − 1 into Wᵀ."""
+    panel = panel_width(memory.parameters)
+    size = block_size(memory)
+    blocks_in_panel = layer.W_stride // size
+    for number in range(first, last):
+        p = number // blocks_in_panel
+        row = (number - p * blocks_in_panel) * BLOCK_ROWS
+        to = layer.T + row // panel * layer.T_stride + p * panel * panel + row % panel
+        block = layer.W + number * size
+        for column in range(0, min(panel, layer.n_out - p * panel), BLOCK_ROWS):
+            transpose_square(memory.parameters, block + column, memory.transposed, to + column * panel)
+
+
+@compiled
+def update_range(plan, memory, settings, start, stop, learning_rate, alpha, scale, step, biases):
+    """One optimizer step on the packed parameters start … stop − 1, which are all weights or all biases."""
+    update(
+        plan.optimizer,
+        settings,
+        memory.parameters,
+        memory.gradients[0],
+        memory.slot_1,
+        memory.slot_2,
+        start,
+        stop,
+        learning_rate,
+        alpha,
+        scale,
+        step,
+        biases,
+    )
+
+
+# Between the flat vectors of the contract and the packed ones
+
+
+@entry_point
+def load(layers, flat, memory, packed, transpose):
+    """A flat vector (all W, then all b) into its packed form; with `transpose`, Wᵀ too."""
+    at = 0
+    for index in range(layers.size):
+        layer = layers[index]
+        pack(flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
+        at += layer.n_in * layer.n_out
+        if transpose and index > 0:
+            transpose_blocks(layer, memory, 0, blocks_in(layer, memory))
+    for index in range(layers.size):
+        layer = layers[index]
+        pack(flat, at, 1, layer.n_out, packed, layer.b, panel_width(packed))
+        at += layer.n_out
+
+
+@entry_point
+def store(layers, packed, flat):
+    """The inverse of `load`."""
+    at = 0
+    for index in range(layers.size):
+        layer = layers[index]
+        unpack(packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
+        at += layer.n_in * layer.n_out
+    for index in range(layers.size):
+        layer = layers[index]
+        unpack(packed, layer.b, panel_width(packed), 1, layer.n_out, flat, at)
+        at += layer.n_out

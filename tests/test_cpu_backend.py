@@ -1,0 +1,292 @@
+"""The cpu backend's whole steps: the reference's numbers for every way to divide them, and sound under threads."""
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import backprop_gpu as bp
+from backprop_gpu import training
+from backprop_gpu.backends.contract import Dropout
+
+pytest.importorskip("numba")
+cpu_plan = importlib.import_module("backprop_gpu.backends.cpu_plan")
+cpu_step = importlib.import_module("backprop_gpu.backends.cpu_step")
+gemm = importlib.import_module("backprop_gpu.kernels.numba_cpu.gemm")
+panels = importlib.import_module("backprop_gpu.kernels.numba_cpu.panels")
+step = importlib.import_module("backprop_gpu.kernels.numba_cpu.step")
+
+RTOL = {"float32": 1e-5, "float64": 1e-12}
+SIZES = [37, 41, 3, 67, 5]
+
+
+def draw(n, sizes=SIZES, dtype="float64", seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, sizes[0])).astype(dtype), rng.integers(0, sizes[-1], n)
+
+
+def network(backend, dtype="float64", sizes=SIZES, **settings):
+    return bp.MLP(sizes, backend=backend, dtype=dtype, seed=3, **settings)
+
+
+def trainer_of(net, X, y, batch_size, optimizer, sample_weight=None):
+    job = training._job(net, optimizer, net._take_in(X, y, sample_weight), batch_size, 0)
+    return training._trainer(net, job), job
+
+
+def run(trainer, n_rows, batch_size, learning_rate=1e-2, alpha=0.0):
+    n_steps = -(-n_rows // batch_size)
+    rates, alphas = np.full(n_steps, learning_rate), np.full(n_steps, alpha)
+    return trainer.run(np.arange(n_rows), rates, alphas, 0, lambda _: True)
+
+
+def assert_same(actual, expected, dtype):
+    assert np.isfinite(expected).all()
+    assert np.abs(expected).max() > 0
+    assert np.abs(actual - expected).max() <= RTOL[dtype] * np.abs(expected).max()
+
+
+# Every way to divide a step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("split_rows", [True, False])
+@pytest.mark.parametrize(("n_threads", "tile_rows"), [(1, 8), (1, 64), (2, 8), (3, 24), (7, 16)])
+def test_every_plan_gives_the_references_numbers(dtype, split_rows, n_threads, tile_rows, monkeypatch):
+    plan = cpu_plan.Plan(n_threads, panels.round_up(tile_rows, panels.BLOCK_ROWS), split_rows)
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
+    X, y = draw(331, dtype=dtype)
+    w = np.random.default_rng(1).random(331)
+    w[:20] = 0
+    nets, totals = {}, {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend, dtype, activation=["gelu", "sigmoid", "relu"], dropout=[0.2, 0.0, 0.3])
+        trainer, _ = trainer_of(net, X, y, 83, bp.AdamW(clip_norm=0.5), w)
+        totals[backend] = run(trainer, 331, 83, alpha=1e-2)
+        nets[backend] = net.parameters
+    assert totals["cpu"] == pytest.approx(totals["numpy"], rel=RTOL[dtype])
+    assert_same(nets["cpu"], nets["numpy"], dtype)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 9, 31])
+@pytest.mark.parametrize("threads", ["1", "3", "16"])
+def test_mini_batches_smaller_than_a_tile_or_than_the_threads(n_rows, threads, monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", threads)
+    X, y = draw(n_rows)
+    parameters = {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend)
+        run(trainer_of(net, X, y, min(n_rows, 5), bp.SGD(momentum=0.5))[0], n_rows, min(n_rows, 5))
+        parameters[backend] = net.parameters
+    assert_same(parameters["cpu"], parameters["numpy"], "float64")
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 2], [3, 1, 1, 2], [129, 257, 33]])
+def test_layers_of_any_width(sizes):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((29, sizes[0])), rng.standard_normal((29, sizes[-1]))
+    parameters = {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend, sizes=sizes, loss="squared_error", activation="softplus")
+        run(trainer_of(net, X, y, 10, bp.RMSprop())[0], 29, 10)
+        parameters[backend] = net.parameters
+        assert_same(net.predict(X), net._labels(net.forward(X).z[-1]), "float64")
+    assert_same(parameters["cpu"], parameters["numpy"], "float64")
+
+
+def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
+    architecture = network("numpy").architecture
+    for batch_size in (1, 8, 100, 4096):
+        plans = {cpu_plan.for_training(architecture, batch_size, "float32", 64) for _ in range(3)}
+        assert len(plans) == 1
+        (plan,) = plans
+        assert plan.n_threads * panels.BLOCK_ROWS <= max(batch_size, panels.BLOCK_ROWS)
+        assert plan.tile_rows % panels.BLOCK_ROWS == 0
+
+
+# Accuracy
+
+
+def gradient(backend, dtype, X, y, sizes):
+    net = network(backend, dtype, sizes=sizes)
+    if backend == "numpy":
+        return net.backprop(X, y).gradients
+    trainer, _ = trainer_of(net, X, y, len(X), bp.SGD(1e-3))
+    run(trainer, len(X), len(X))
+    flat = np.empty_like(net.parameters)
+    step.store(trainer.layers, trainer.memory.gradients[0], flat)
+    return flat
+
+
+@pytest.mark.parametrize("sizes", [[32, 64, 64, 16], [100, 500, 10]], ids=["rows split", "blocks split"])
+def test_float32_gradients_of_16384_rows_are_nearly_as_good_as_numpys(sizes):
+    X, y = draw(16384, sizes, "float32")
+    exact = gradient("numpy", "float64", X, y, sizes)
+    error = {b: np.abs(gradient(b, "float32", X, y, sizes) - exact).max() for b in ("numpy", "cpu")}
+    assert 0 < error["cpu"] <= 2 * error["numpy"]
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([30, 64, 64, 2], 200), ([784, 256, 128, 10], 128)])
+def test_float32_parameters_after_5_adam_steps_are_those_of_float64(sizes, batch):
+    X, y = draw(5 * batch, sizes, "float32")
+    parameters = {}
+    for backend, dtype in (("numpy", "float64"), ("cpu", "float32")):
+        net = network(backend, dtype, sizes=sizes)
+        start = net.parameters.copy()
+        run(trainer_of(net, X, y, batch, bp.Adam())[0], 5 * batch, batch, 1e-3)
+        parameters[backend] = net.parameters.astype("float64") - start
+    change = np.linalg.norm(parameters["numpy"])
+    assert 0 < np.linalg.norm(parameters["cpu"] - parameters["numpy"]) <= 1e-3 * change
+
+
+# The same bits
+
+
+def trained(**settings):
+    X, y = draw(500, dtype="float32")
+    net = network("cpu", "float32", dropout=0.1)
+    net.fit(X, y, epochs=3, batch_size=64, **settings)
+    return net.parameters
+
+
+def test_a_run_repeats_its_bits_however_often_it_returns_to_python(monkeypatch):
+    first = trained()
+    assert np.array_equal(first, trained())
+    monkeypatch.setattr(cpu_step, "SECONDS_PER_CALL", 0.0)
+    assert np.array_equal(first, trained())
+    monkeypatch.setattr(cpu_step, "SECONDS_PER_CALL", 1e6)
+    assert np.array_equal(first, trained())
+
+
+def test_rows_elsewhere_than_in_memory_give_the_same_bits(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_step, "BYTES_PER_CALL", 1 << 14)
+    X, y = draw(500, dtype="float32")
+    np.save(tmp_path / "X.npy", X)
+    nets = [network("cpu", "float32") for _ in range(3)]
+    read_only = X.copy()
+    read_only.flags.writeable = False
+    for net, rows in zip(nets, (X, np.load(tmp_path / "X.npy", mmap_mode="r"), read_only), strict=True):
+        net.fit(rows, y, epochs=2, batch_size=64)
+    assert np.array_equal(nets[0].parameters, nets[1].parameters)
+    assert np.array_equal(nets[0].parameters, nets[2].parameters)
+
+
+# Threads and processes
+
+
+def test_several_python_threads_may_train_at_once():
+    expected = trained()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(np.array_equal(expected, result) for result in pool.map(lambda _: trained(), range(8)))
+
+
+FORKED = """
+import multiprocessing, numpy as np, backprop_gpu as bp
+def train(seed):
+    rng = np.random.default_rng(0)
+    net = bp.MLP([7, 40, 3], backend="cpu", seed=1)
+    net.fit(rng.standard_normal((300, 7)), rng.integers(0, 3, 300), epochs=5, batch_size=50)
+    return net.parameters
+expected = train(0)
+with multiprocessing.get_context("fork").Pool(3) as pool:
+    assert all(np.array_equal(expected, result) for result in pool.map(train, range(6)))
+print("alike")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_forked_workers_train():
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "alike\n", result.stderr
+
+
+def test_a_run_that_is_told_to_stop_has_made_whole_steps():
+    X, y = draw(400)
+    net, expected = network("cpu"), network("numpy")
+    trainer, _ = trainer_of(net, X, y, 40, bp.SGD())
+    rows = []
+    trainer.run(np.arange(400), np.full(10, 0.01), np.zeros(10), 0, lambda n: bool(rows.append(n)))
+    run(trainer_of(expected, X, y, 40, bp.SGD())[0], sum(rows), 40)
+    assert 0 < sum(rows) < 400
+    assert_same(net.parameters, expected.parameters, "float64")
+
+
+# Products, on other machines too
+
+
+PRODUCTS = """
+import numpy as np
+from backprop_gpu.kernels.numba_cpu import gemm
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
+
+def in_panels(x, n_rows):
+    w = width(x.dtype)
+    full = np.zeros((n_rows, round_up(x.shape[1], w)), x.dtype)
+    full[: len(x), : x.shape[1]] = x
+    return np.ascontiguousarray(full.reshape(n_rows, -1, w).transpose(1, 0, 2)).ravel()
+
+def row_major(flat, n_rows, n_columns, rows):
+    w = width(flat.dtype)
+    return flat.reshape(-1, rows, w).transpose(1, 0, 2).reshape(rows, -1)[:n_rows, :n_columns]
+
+rng = np.random.default_rng(0)
+for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
+    w = width(dtype)
+    assert w % BLOCK_ROWS == 0 and w % 4 == 0
+    shapes = (1, 1, 1), (BLOCK_ROWS - 1, 5, 3), (BLOCK_ROWS + 1, w - 1, w + 1), (31, 2 * w + 3, 2 * w), (13, w, 7)
+    for n, k, m in shapes:
+        A, B, D = (rng.standard_normal(shape).astype(dtype) for shape in ((n, k), (k, m), (n, m)))
+        bias = np.zeros(round_up(m, w), dtype)
+        bias[:m] = rng.standard_normal(m)
+        rows = round_up(n, BLOCK_ROWS)
+        a, b, d = in_panels(A, rows), in_panels(B, k), in_panels(D, rows)
+        c = np.full(rows * round_up(m, w), np.nan, dtype)
+        gemm.gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w)
+        expected = A.astype(float) @ B + bias[:m]
+        assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
+        k_rows = round_up(k, BLOCK_ROWS)
+        g = np.full(k_rows * round_up(m, w), np.nan, dtype)
+        for p in range(round_up(m, w) // w):
+            for i in range(0, k_rows, BLOCK_ROWS):
+                for accumulate in (False, True):
+                    at = i // w * rows * w + i % w
+                    gemm.gemm_tn_block(a, at, d, p * rows * w, g, p * k_rows * w + i * w, n, m - p * w, accumulate)
+        expected = 2 * (A.astype(float).T @ D)
+        assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
+print(VECTOR_BYTES)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpu", "vector_bytes"), [("", None), ("haswell", 32), ("skylake-avx512", 64), ("generic", 16)]
+)
+def test_products_for_every_width_of_vector(cpu, vector_bytes):
+    llvm = pytest.importorskip("llvmlite.binding")
+    if cpu not in ("", "generic") and not llvm.get_process_triple().startswith("x86_64"):
+        pytest.skip(f"{cpu} is not a processor of this architecture")
+    features = llvm.get_host_cpu_features()
+    if cpu == "skylake-avx512" and not features.get("avx512f"):
+        pytest.skip("this processor has no AVX-512")
+    named = {"haswell": "+avx,+avx2,+fma", "skylake-avx512": "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512dq"}
+    chosen = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": named.get(cpu, "")} if cpu else {}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PRODUCTS)], env=os.environ | chosen, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert vector_bytes is None or int(result.stdout) == vector_bytes
+
+
+def test_dropout_of_the_operations_is_the_contracts():
+    ops = bp.get_backend("cpu")
+    reference = bp.get_backend("numpy")
+    rng = np.random.default_rng(0)
+    a, W, b = rng.standard_normal((13, 5)), rng.standard_normal((5, 37)), rng.standard_normal(37)
+    dropout = Dropout(0.3, 2**40 + 1, 2, 9)
+    actual, expected = (x.dense_forward(a, W, b, "tanh", dropout=dropout)[0] for x in (ops, reference))
+    assert_same(actual, expected, "float64")
+    assert np.array_equal(actual == 0, expected == 0)

@@ -1,0 +1,445 @@
+"""How many threads are used, running a function on them, and the barrier where they meet."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from backprop_gpu.backends import threads
+
+# How many
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with 48 CPUs and no limit on them."""
+    for name in ("BACKPROP_GPU_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "threadpoolctl", raising=False)
+    monkeypatch.setattr(threads, "_cpus", lambda: 48)
+    monkeypatch.setattr(threads, "_cpu_quota", lambda: None)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("machine")
+def test_without_limits_every_cpu_is_used():
+    assert threads.available() == 48
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("4", 4), ("4,2", 4), (" 3 ", 3), ("100", 48), ("", 48), ("0", 48), ("-2", 48), ("many", 48), (",2", 48)],
+)
+def test_openmp_threads_are_a_limit_and_others_values_are_not_judged(value, expected, machine):
+    machine.setenv("OMP_NUM_THREADS", value)
+    assert threads.available() == expected
+
+
+def test_a_quota_is_a_limit(machine):
+    machine.setattr(threads, "_cpu_quota", lambda: 6)
+    assert threads.available() == 6
+    machine.setenv("OMP_NUM_THREADS", "5")
+    assert threads.available() == 5
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", 1), ("60", 60), (" 7 ", 7), ("", 3), (" ", 3)])
+def test_this_librarys_variable_overrides_all_limits(value, expected, machine):
+    machine.setenv("OMP_NUM_THREADS", "3")
+    machine.setenv("BACKPROP_GPU_NUM_THREADS", value)
+    assert threads.available() == expected
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "4,2"])
+def test_a_bad_value_of_this_librarys_variable_is_refused(value, machine):
+    machine.setenv("BACKPROP_GPU_NUM_THREADS", value)
+    with pytest.raises(ValueError, match=f"BACKPROP_GPU_NUM_THREADS must be a number.*got '{value}'"):
+        threads.available()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform has no CPU affinity")
+def test_the_cpus_are_those_that_this_process_may_run_on():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert threads._cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert threads._cpus() == len(before)
+
+
+V1, V2 = "3:cpuset:/x\n4:cpu,cpuacct:{}\n", "0::{}\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (V2.format("/"), {"cpu.max": "250000 100000"}, 3),
+        (V2.format("/"), {"cpu.max": "max 100000"}, None),
+        (V2.format("/"), {"cpu.max": "5000 100000"}, 1),
+        (V2.format("/"), {}, None),
+        (V2.format("/a/b"), {"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000"}, 4),
+        (V2.format("/a/b"), {"a/b/cpu.max": "200000 100000", "a/cpu.max": "400000 100000"}, 2),
+        (V2.format("/docker/123"), {"cpu.max": "700000 100000"}, 7),
+        (V2.format("/../outside"), {"cpu.max": "100000 50000"}, 2),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        (V1.format("/a"), {"cpu/a/cpu.cfs_quota_us": "500000", "cpu/a/cpu.cfs_period_us": "100000"}, 5),
+        (V1.format("/"), {"cpuset/cpu.max": "100000 100000", "cpu.max": "100000 100000"}, None),
+        (V1.format("/") + V2.format("/"), {"cpu/cpu.cfs_quota_us": "3", "cpu/cpu.cfs_period_us": "1"}, 3),
+        ("", {"cpu.max": "100000 100000"}, None),
+    ],
+)
+def test_a_containers_quota_is_rounded_up(groups, files, expected, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert threads._cpu_quota(tmp_path) == expected
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path):
+    assert threads._cpu_quota(tmp_path) is None
+
+
+def test_a_limit_on_numpys_blas_is_one_here_for_as_long_as_it_lasts(machine):
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    machine.setitem(sys.modules, "threadpoolctl", threadpoolctl)
+    if not threads._blas_libraries(threadpoolctl):
+        pytest.skip("threadpoolctl knows no BLAS with several threads here")
+    before = threads.available()
+    with threadpoolctl.threadpool_limits(1):
+        assert threads.available() == 1
+    assert threads.available() == before
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [
+        (SimpleNamespace(internal_api="openblas", threading_layer="pthreads", num_threads=5), 5),
+        (SimpleNamespace(internal_api="openblas", threading_layer="disabled", num_threads=1), 48),
+        (SimpleNamespace(internal_api="mkl", threading_layer="sequential", num_threads=1), 48),
+        (SimpleNamespace(internal_api="blis", threading_layer="openmp", num_threads=1), 48),
+        (SimpleNamespace(internal_api="flexiblas", num_threads=6), 6),
+    ],
+)
+def test_a_blas_that_has_one_thread_anyway_is_no_limit(library, expected, machine):
+    class Controller:
+        def select(self, user_api):
+            assert user_api == "blas"
+            return SimpleNamespace(lib_controllers=[library])
+
+    machine.setitem(sys.modules, "threadpoolctl", type("threadpoolctl", (), {"ThreadpoolController": Controller}))
+    assert threads.available() == expected
+
+
+# Running
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+def test_work_is_done_once_for_each_thread_and_by_as_many_threads(n_threads):
+    seen = []
+    meet = threading.Barrier(n_threads)
+
+    def work(t):
+        meet.wait()
+        seen.append((t, threading.get_ident()))
+        meet.wait()
+
+    threads.run(n_threads, work)
+    assert sorted(t for t, _ in seen) == list(range(n_threads))
+    assert len({ident for _, ident in seen}) == n_threads
+    assert (0, threading.get_ident()) in seen
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_the_first_error_is_raised_when_the_others_have_stopped(failing):
+    meet, stopped, finished = threading.Barrier(3), threading.Event(), []
+
+    def work(t):
+        meet.wait()
+        if t == failing:
+            raise KeyError(t)
+        stopped.wait()
+        finished.append(t)
+        raise ValueError("because the first one failed")
+
+    with pytest.raises(KeyError, match=str(failing)):
+        threads.run(3, work, stopped.set)
+    assert sorted(finished) == sorted({0, 1, 2} - {failing})
+
+
+def test_a_thread_that_cannot_be_started_stops_those_that_were(monkeypatch):
+    start, started = threads._thread.start_new_thread, []
+    stopped, finished = threading.Event(), []
+
+    def start_one(function, arguments):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(start(function, arguments))
+        begun.wait()
+
+    begun = threading.Event()
+
+    def work(t):
+        begun.set()
+        stopped.wait()
+        finished.append(t)
+
+    monkeypatch.setattr(threads._thread, "start_new_thread", start_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads.run(4, work, stopped.set)
+    assert finished == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this platform sends no signals to a thread")
+def test_ctrl_c_while_waiting_for_the_others_waits_for_their_end():
+    stopped, finished = threading.Event(), []
+
+    def work(t):
+        if t == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            stopped.wait()
+            finished.append(t)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(2, work, stopped.set)
+    assert finished == [1]
+
+
+def test_a_second_ctrl_c_waits_for_their_end_too():
+    meet, stopped, finished, more = threading.Barrier(2), threading.Event(), [], [1]
+
+    def stop():
+        if more:
+            more.pop()
+            raise KeyboardInterrupt
+        stopped.set()
+
+    def work(t):
+        meet.wait()
+        if t == 0:
+            raise KeyError(t)
+        stopped.wait()
+        finished.append(t)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(2, work, stop)
+    assert finished == [1]
+
+
+def test_an_interruption_anywhere_leaves_no_thread_at_work():
+    """An exception at every bytecode of `run` in turn, as Ctrl-C raises one."""
+    n_places, interrupted = 0, True
+    while interrupted:
+        n_places += 1
+        interrupted = _interrupted_at(n_places)
+    assert n_places > 50
+
+
+def _interrupted_at(place):
+    """Whether `run` was interrupted at its bytecode number `place`, having none left at work when it is over."""
+    stopped, at_work, left = threading.Event(), [], place
+
+    def work(t):
+        if t > 0:
+            at_work.append(t)
+            stopped.wait()
+            at_work.remove(t)
+        else:
+            stopped.set()
+
+    def trace(frame, event, argument):
+        nonlocal left
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: trace if frame.f_code is threads.run.__code__ else None)
+    try:
+        threads.run(3, work, stopped.set)
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+        assert at_work == []
+
+
+def test_several_threads_may_run_teams_at_once():
+    done = np.zeros((5, 3, 20), np.int64)
+
+    def use(user):
+        for i in range(20):
+            threads.run(3, lambda t, i=i: done.__setitem__((user, t, i), 1))
+
+    users = [threading.Thread(target=use, args=(user,)) for user in range(5)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert done.all()
+
+
+def _squares(n_threads):
+    """A team's work, for processes to do."""
+    out = np.zeros(n_threads)
+    threads.run(n_threads, lambda t: out.__setitem__(t, t**2))
+    return out.sum()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_runs_teams_too():
+    assert _squares(3) == 5
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(60)
+            status = 0 if _squares(3) == 5 and threads.available() >= 1 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_joblibs_workers_run_teams_too(backend):
+    """In a process of its own, because joblib leaves workers behind."""
+    pytest.importorskip("joblib", reason="joblib is not installed")
+    program = f"""
+import joblib, numpy as np
+from backprop_gpu.backends import threads
+
+def squares(n_threads):
+    out = np.zeros(n_threads)
+    threads.run(n_threads, lambda t: out.__setitem__(t, t**2))
+    return float(out.sum()), threads.available()
+
+if __name__ == "__main__":
+    results = joblib.Parallel(n_jobs=2, backend={backend!r})(joblib.delayed(squares)(n) for n in (2, 3, 4))
+    print([total for total, _ in results], min(n for _, n in results) >= 1)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.stdout, result.stderr) == ("[1.0, 5.0, 14.0] True\n", "")
+
+
+# The barrier
+
+
+@pytest.fixture(scope="module")
+def barrier():
+    pytest.importorskip("numba", reason="the cpu backend needs Numba")
+    from backprop_gpu.kernels.numba_cpu import barrier
+
+    return barrier
+
+
+@pytest.fixture(scope="module")
+def rounds(barrier):
+    """rounds(t, n_threads, n_rounds, counters, written): how often another thread's writing was not seen."""
+    from backprop_gpu.kernels.numba_cpu.compile import compiled
+
+    wait = barrier.wait
+
+    @compiled
+    def rounds(t, n_threads, n_rounds, counters, written):
+        unseen = 0
+        for i in range(1, n_rounds + 1):
+            for k in range(t, written.size, n_threads):
+                written[k] = i
+            if not wait(counters, n_threads):
+                return -i
+            for k in range(written.size):
+                if written[k] != i:
+                    unseen += 1
+            if not wait(counters, n_threads):
+                return -i
+        return unseen
+
+    return rounds
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+def test_after_the_barrier_every_thread_sees_what_all_have_written(n_threads, barrier, rounds):
+    counters, written, unseen = barrier.new(), np.zeros(101), np.full(n_threads, -1)
+    n_rounds = 3000 if n_threads > 2 else 100_000
+
+    def work(t):
+        unseen[t] = rounds(t, n_threads, n_rounds, counters, written)
+
+    threads.run(n_threads, work)
+    assert unseen.tolist() == [0] * n_threads
+    assert (written == n_rounds).all()
+
+
+def test_its_counters_lie_in_cache_lines_of_their_own(barrier):
+    for counters in (barrier.new() for _ in range(10)):
+        assert counters.ctypes.data % 128 == 0
+        assert counters.nbytes == 256
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_stopped_barrier_lets_all_who_wait_go(failing, barrier, rounds):
+    meet, counters, results = threading.Barrier(3), barrier.new(), {}
+
+    def work(t):
+        meet.wait()
+        if t == failing:
+            raise KeyError(t)
+        results[t] = rounds(t, 3, 10, counters, np.zeros(3))
+
+    with pytest.raises(KeyError, match=str(failing)):
+        threads.run(3, work, lambda: barrier.stop(counters))
+    assert results == dict.fromkeys({0, 1, 2} - {failing}, -1)
+
+
+def test_a_stop_in_the_middle_is_not_lost(barrier, rounds):
+    """The threads that go on for ever unless they see it: one stops them from outside their rounds."""
+    counters, results = barrier.new(), {}
+
+    def work(t):
+        if t == 2:
+            while counters[barrier.GENERATION] < 1000:
+                pass
+            raise KeyError(t)
+        results[t] = rounds(t, 2, 2**62, counters, np.zeros(2))
+
+    with pytest.raises(KeyError):
+        threads.run(3, work, lambda: barrier.stop(counters))
+    assert max(results.values()) < 0
+
+
+@pytest.mark.parametrize(
+    ("triple", "instruction"),
+    [("x86_64-unknown-linux-gnu", "pause"), ("aarch64-unknown-linux-gnu", "yield"), ("riscv64-unknown-elf", None)],
+)
+def test_the_processor_is_told_that_the_loop_waits(triple, instruction, barrier):
+    ir, llvm = pytest.importorskip("llvmlite.ir"), pytest.importorskip("llvmlite.binding")
+    module = ir.Module()
+    builder = ir.IRBuilder(ir.Function(module, ir.FunctionType(ir.VoidType(), []), "spin").append_basic_block())
+    barrier.call_pause(builder, triple)
+    barrier.call_pause(builder, triple)
+    builder.ret_void()
+    if instruction is None:
+        assert "call" not in str(module)
+        return
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError:
+        pytest.skip(f"this llvmlite does not compile for {triple}")
+    assembly = target.create_target_machine().emit_assembly(llvm.parse_assembly(str(module)))
+    assert assembly.split().count(instruction) == 2
