@@ -249,7 +249,7 @@ RUN = """
 import os, signal, sys
 import numpy as np
 import backprop_gpu as bp
-from backprop_gpu.progress import ProgressBar
+from tqdm import tqdm
 
 path, kill_after = sys.argv[1], int(sys.argv[2])
 rng = np.random.default_rng(0)
@@ -266,7 +266,7 @@ def kill_in_the_middle(bar, n_rows):
     rows[0] += n_rows
     if 0 < -kill_after * 7 <= rows[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-ProgressBar.update = kill_in_the_middle
+tqdm.update = kill_in_the_middle
 
 history = net.fit(
     X, y, epochs=12, batch_size=7, sample_weight=w, validation_fraction=0.2, checkpoint=path, callbacks=[kill],

@@ -14,23 +14,26 @@ __all__ = ["bias_gradients", "weight_gradients"]
 
 
 @compiled
-def weight_gradients(plan, layer, memory, thread, first, last, n_rows, at, accumulate):
-    """dW of the layer's blocks first … last − 1 into gradients[thread], over n_rows rows from `at` on."""
-    gradients, passes = memory.gradients[thread], memory.passes
+def weight_gradients(plan, layer, memory, row, first, last, shift, n_rows, at, accumulate):
+    """dW of the layer's blocks first … last − 1, over n_rows rows from `at` on.
+
+    They go into gradients[row], `shift` entries before their place among the parameters.
+    """
+    gradients, passes = memory.gradients[row], memory.passes
     panel = panel_width(passes)
     block = BLOCK_ROWS * panel
     blocks_in_panel = layer.W_stride // block
     for number in range(first, last):
         p = number // blocks_in_panel
-        row = (number - p * blocks_in_panel) * BLOCK_ROWS
-        column_of_a = layer.a_prev + (row // panel) * plan.stride + row % panel
+        column = (number - p * blocks_in_panel) * BLOCK_ROWS
+        column_of_a = layer.a_prev + (column // panel) * plan.stride + column % panel
         gemm_tn_block(
             passes,
             column_of_a + at,
             passes,
             layer.delta + p * plan.stride + at,
             gradients,
-            layer.W + number * block,
+            layer.W + number * block - shift,
             n_rows,
             layer.n_out - p * panel,
             accumulate,

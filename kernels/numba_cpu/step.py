@@ -179,7 +179,7 @@ def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
         layer = layers[index]
         bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
         if plan.split_rows:
-            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), n_rows, at, accumulate)
+            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate)
         if index > 0:
             dense_backward(plan, layers[index - 1], layer, memory, whole_blocks(n_rows), at, at_tile)
 
@@ -227,7 +227,7 @@ def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate
     sum_over_threads(plan, memory, first_bias, last_bias)
     clips = plan.clip_norm < math.inf
     if clips:
-        own_gradients(plan, layers, memory, first, last, n_rows)
+        own_gradients(plan, layers, memory, 0, first, last, 0, n_rows)
         memory.norms[thread, 0] = sum_squares(
             memory.gradients[0], memory.parameters, alpha, first * size, last * size
         ) + sum_squares(memory.gradients[0], memory.parameters, 0.0, first_bias, last_bias)
@@ -235,29 +235,35 @@ def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate
         scale = clip_scale(plan, memory)
     for group in range(first, last, GROUP):
         end = min(group + GROUP, last)
+        # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
+        at_once = not (clips or plan.split_rows)
+        row, shift = (thread, group * size) if at_once else (0, 0)
         if not clips:
-            own_gradients(plan, layers, memory, group, end, n_rows)
-        update_blocks(plan, layers, memory, settings, group, end, learning_rate, alpha, scale, step)
-    update_range(plan, memory, settings, first_bias, last_bias, learning_rate, 0.0, scale, step, True)
+            own_gradients(plan, layers, memory, row, group, end, shift, n_rows)
+        update_range(
+            plan, memory, settings, row, group * size, end * size, shift, learning_rate, alpha, scale, step, False
+        )
+        transpose_range(plan, layers, memory, group, end)
+    update_range(plan, memory, settings, 0, first_bias, last_bias, 0, learning_rate, 0.0, scale, step, True)
     return penalty
 
 
 @compiled
-def own_gradients(plan, layers, memory, first, last, n_rows):
-    """The blocks first … last − 1 of ∂C/∂W, over the whole mini-batch, into gradients[0]."""
+def own_gradients(plan, layers, memory, row, first, last, shift, n_rows):
+    """The blocks first … last − 1 of ∂C/∂W, over the whole mini-batch, into gradients[row], `shift` entries earlier."""
     size = block_size(memory)
     if plan.split_rows:
         sum_over_threads(plan, memory, first * size, last * size)
         return
     panel = panel_width(memory.passes)
-    for row in range(0, n_rows, CHUNK_ROWS):
-        rows = min(CHUNK_ROWS, n_rows - row)
+    for start_row in range(0, n_rows, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, n_rows - start_row)
         for index in range(plan.n_layers):
             layer = layers[index]
             start = layer.W // size
             low, high = max(first - start, 0), min(last - start, blocks_in(layer, memory))
             if low < high:
-                weight_gradients(plan, layer, memory, 0, low, high, rows, row * panel, row > 0)
+                weight_gradients(plan, layer, memory, row, low, high, shift, rows, start_row * panel, start_row > 0)
 
 
 @compiled
@@ -280,10 +286,9 @@ def clip_scale(plan, memory):
 
 
 @compiled
-def update_blocks(plan, layers, memory, settings, first, last, learning_rate, alpha, scale, step):
-    """Update the blocks first … last − 1, and their transposed copy."""
+def transpose_range(plan, layers, memory, first, last):
+    """Copy the blocks first … last − 1 into the transposed weights."""
     size = block_size(memory)
-    update_range(plan, memory, settings, first * size, last * size, learning_rate, alpha, scale, step, False)
     for index in range(1, plan.n_layers):
         layer = layers[index]
         start = layer.W // size
@@ -306,17 +311,20 @@ def transpose_blocks(layer, memory, first, last):
 
 
 @compiled
-def update_range(plan, memory, settings, start, stop, learning_rate, alpha, scale, step, biases):
-    """One optimizer step on the packed parameters start … stop − 1, which are all weights or all biases."""
+def update_range(plan, memory, settings, row, start, stop, shift, learning_rate, alpha, scale, step, biases):
+    """One optimizer step on the packed parameters start … stop − 1, which are all weights or all biases.
+
+    Their gradients are in gradients[row], `shift` entries earlier.
+    """
     update(
         plan.optimizer,
         settings,
-        memory.parameters,
-        memory.gradients[0],
-        memory.slot_1,
-        memory.slot_2,
-        start,
-        stop,
+        memory.parameters[start:stop],
+        memory.gradients[row][start - shift : stop - shift],
+        memory.slot_1[start:stop],
+        memory.slot_2[start:stop],
+        0,
+        stop - start,
         learning_rate,
         alpha,
         scale,

@@ -40,7 +40,10 @@ def _settings(optimizer: Optimizer) -> list[float]:
             return [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, decay]
         case RMSprop():
             return [optimizer.decay, optimizer.epsilon]
-    raise TypeError(f"no compiled update for {type(optimizer).__name__}; there is one for {[*CODES]}")
+    raise TypeError(
+        f"no compiled update for {type(optimizer).__name__}; "
+        f"there is one for {', '.join(known.__name__ for known in CODES)}"
+    )
 
 
 @compiled
