@@ -1,4 +1,8 @@
-"""Write the tables of README.md from what they describe: `python -m bench.report`, or `--check` to compare only."""
+"""Write the tables and plots from what they describe: `python -m bench.report`, or `--check` to compare only.
+
+README.md's tables stand between markers; those of the activations and losses come from the code, that of the speed from
+the files in bench/results/, as do bench/RESULTS.md and bench/plots/. No figure is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,18 @@ from pathlib import Path
 
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.losses import LOSSES
+from bench import plots
+from bench.results import Result, all_results
+from bench.tables import everything, short, table
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE_HEAD = (
+    "# Results\n\nWritten by `python -m bench.report` from the files in `results/`; README.md says how to read it.\n"
+)
+RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# What the code says
 
 
 def activations() -> str:
@@ -37,7 +45,30 @@ def losses() -> str:
     return table(["loss", "task", "output activation"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"activations": activations, "losses": losses}
+# What was measured
+
+
+def benchmarks() -> str:
+    """The short tables of every machine that was measured."""
+    found = all_results()
+    devices = {"GPU" if result.machine["gpu"] else "CPU" for result in found}
+    missing = [f"Speed on a {device}: not yet measured." for device in ("CPU", "GPU") if device not in devices]
+    return "\n\n".join([*map(short, found), *missing])
+
+
+def page() -> str:
+    """bench/RESULTS.md."""
+    return PAGE_HEAD + "".join(f"\n## {_section(result)}\n" for result in all_results())
+
+
+def _section(result: Result) -> str:
+    pictures = "\n".join(f"![{name}](plots/{file})" for name, file in plots.files(result).items())
+    return f"{result.path.stem}\n\n{everything(result)}\n\n{pictures}"
+
+
+# Files
+
+TABLES: dict[str, Callable[[], str]] = {"activations": activations, "losses": losses, "benchmarks": benchmarks}
 
 
 def filled(text: str) -> str:
@@ -47,16 +78,21 @@ def filled(text: str) -> str:
         if not pattern.search(text):
             raise ValueError(f"README.md has no markers for the table {name!r}")
         body = make()
-        text = pattern.sub(rf"\g<1>{body}\n\g<2>", text)
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fill README.md in; with --check, only say whether it is up to date."""
-    text = README.read_text(encoding="utf-8")
+    """Write README.md, RESULTS.md and the plots; with --check, only say whether the two texts are up to date."""
+    texts = {README: filled(README.read_text(encoding="utf-8")), RESULTS: page()}
     if "--check" in arguments:
-        return 0 if filled(text) == text else 1
-    README.write_text(filled(text), encoding="utf-8")
+        stale = [path.name for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+        print(*(f"{name} is out of date: python -m bench.report" for name in stale), sep="\n", end="", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    for result in all_results():
+        plots.draw(result)
     return 0
 
 

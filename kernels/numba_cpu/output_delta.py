@@ -2,7 +2,7 @@
 
 Softmax goes over the tile in three passes, each a short loop: z less its row's largest entry, exp of all at once, and
 then, row by row, Σ exp(z), C and δ. In one pass, each row would wait for the maximum, then for exp, then for the sum
-(10 classes in float32 on a Zen 5: 43 instead of 16 ns per row).
+(10 classes in float32 on a Zen 5: 34 ns per row even with the maximum given, instead of 21).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def clear_absent(x: Any, start: Any, tile: Any, share: Any, first: Any) -> None:
 # loops from being vectorised, and slices cost more than a short run.
 
 summing = register_jitable(**{**INLINED, "fastmath": {"contract", "reassoc", "nsz"}})
-"""Decorator: `inlined`, for a sum that may be taken in any order, as vectors need; its terms come from elsewhere."""
+"""Decorator: `inlined`, for sums, which may be taken in any order here: vectors need that."""
 
 
 @inlined
@@ -273,15 +273,7 @@ def divide(x: Any, start: Any, count: Any, divisor: Any) -> None:
 
 
 @called
-def cross_entropy(
-    epsilon: Any,
-    x: Any,
-    z: Any,
-    delta: Any,
-    tile: Any,
-    batches: Any,
-    first: Any,
-) -> Any:
+def cross_entropy(epsilon: Any, x: Any, z: Any, delta: Any, tile: Any, batches: Any, first: Any) -> Any:
     """δ and the tile's part of C."""
     shift_rows(x, z, tile)
     exponentials(x, z, delta, tile)
@@ -311,22 +303,12 @@ def exponentials(x: Any, z: Any, e: Any, tile: Any) -> None:
 
 
 @inlined
-def with_label(
-    x: Any,
-    z: Any,
-    e: Any,
-    divisor: Any,
-    tile: Any,
-    label: Any,
-    rest: Any,
-    base: Any,
-    share: Any,
-) -> Any:
+def with_label(x: Any, z: Any, e: Any, divisor: Any, tile: Any, label: Any, rest: Any, base: Any, share: Any) -> Any:
     """One row: from z, less its largest entry, and e = exp(z), whose sum is the divisor, to c, and δ in place of e."""
     cost, log_divisor, e_label = x.dtype.type(0), math.log(divisor), x.dtype.type(0)
     for p in range(tile.n_panels):
         n, z_p, e_p, column = used(tile, p), z + p * tile.stride, e + p * tile.stride, label - p * tile.width
-        here = 0 <= column < tile.width
+        here = 0 <= column < n
         if here:
             e_label = x[e_p + column]
             cost += rest * (log_divisor - x[z_p + column])
@@ -357,16 +339,7 @@ def less_constant(e: Any, start: Any, count: Any, divisor: Any, base: Any, share
 
 @inlined
 def with_target(
-    x: Any,
-    z: Any,
-    e: Any,
-    divisor: Any,
-    tile: Any,
-    target: Any,
-    row: Any,
-    rest: Any,
-    base: Any,
-    share: Any,
+    x: Any, z: Any, e: Any, divisor: Any, tile: Any, target: Any, row: Any, rest: Any, base: Any, share: Any
 ) -> Any:
     """As `with_label`, where the target is a row of probabilities."""
     cost, log_divisor = x.dtype.type(0), math.log(divisor)
@@ -564,15 +537,7 @@ def of_errors(loss: Function) -> Function:
         return cost
 
     @called
-    def over_tile(
-        setting: Any,
-        x: Any,
-        a: Any,
-        delta: Any,
-        tile: Any,
-        batches: Any,
-        first: Any,
-    ) -> Any:
+    def over_tile(setting: Any, x: Any, a: Any, delta: Any, tile: Any, batches: Any, first: Any) -> Any:
         cost, setting = 0.0, x.dtype.type(setting)
         for r in range(tile.n_rows):
             share, row, factor = (
@@ -595,15 +560,7 @@ of_squared_error, of_absolute_error, of_huber = map(of_errors, (squared_error, a
 
 @called
 def of_error(
-    loss: Any,
-    setting: Any,
-    sigma: Any,
-    x: Any,
-    z: Any,
-    delta: Any,
-    tile: Any,
-    batches: Any,
-    first: Any,
+    loss: Any, setting: Any, sigma: Any, x: Any, z: Any, delta: Any, tile: Any, batches: Any, first: Any
 ) -> Any:
     """δ = ∂c/∂a ⊙ σ′ · share; a is computed where δ will be, if σ′ needs z, else where z was."""
     a = delta if FROM_Z[sigma] else z

@@ -1,0 +1,170 @@
+"""Contenders measured against each other: interleaved, after a check that they do the same work."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from bench.cases import Case
+from bench.processes import Failed, Others, Process, Unsupported
+from bench.tasks import TASKS, Task
+
+__all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "uncontended"]
+
+FASTEST_SAMPLE, SLOWEST_SAMPLE = 0.02, 0.5
+"""A sample lasts at least 20 ms for the fastest contender, unless it would be over 0.5 s for the slowest."""
+
+OTHERS_SHARE = 0.05
+"""A sample is contended when other processes take more than 5 % of a processor meanwhile,"""
+CORES_DROP = 0.8
+"""or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has."""
+ENOUGH = 8
+"""Samples after which it can be said that the machine is busy throughout."""
+ATTEMPTS, ATTEMPT_SECONDS = 4, 10.0
+"""Contended samples are measured again, so many times in all and for so long; then the least contended one is kept, and
+counted."""
+
+
+@dataclass
+class Row:
+    """One contender's part in a comparison."""
+
+    variant: str = ""
+    """Which of its ways was the fastest."""
+    variants: dict[str, float] = field(default_factory=dict)
+    """Seconds of each way, from a short trial."""
+    first_seconds: float = 0.0
+    """Building, compiling and the first steps."""
+    seconds: list[float] = field(default_factory=list)
+    """Per repetition, one entry for each round."""
+    cores: list[float] = field(default_factory=list)
+    """Processor time over wall time of each."""
+    contended: int = 0
+    """Rounds in which something else ran all the same."""
+    unsupported: str = ""
+    """Why it cannot do this, so that there is nothing to time."""
+    void: str = ""
+    """How its answer differs from the others', so that nothing was timed."""
+
+
+@dataclass
+class Comparison:
+    """All contenders on one case."""
+
+    case: Case
+    rows: dict[str, Row]
+    repeats: int = 0
+    """Steps, or whatever is repeated, in each sample."""
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The quartiles, linearly interpolated."""
+    ordered = sorted(values)
+
+    def at(q: float) -> float:
+        below, rest = divmod(q * (len(ordered) - 1), 1)
+        above = min(int(below) + 1, len(ordered) - 1)
+        return ordered[int(below)] * (1 - rest) + ordered[above] * rest
+
+    return at(0.25), at(0.5), at(0.75)
+
+
+def ratios(slower: Sequence[float], faster: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratio of two contenders' times, round by round."""
+    return quartiles([a / b for a, b in zip(slower, faster, strict=True)])
+
+
+def compare(
+    case: Case,
+    contenders: Mapping[str, Process],
+    what: str = "training",
+    *,
+    rounds: int = 11,
+    search: float = 60.0,
+    say: Callable[[str], object] = lambda _: None,
+) -> Comparison:
+    """Measure them all at task `what` on `case`; after `search` seconds of building, no other variants are tried."""
+    task = TASKS[what]
+    comparison = Comparison(case, {name: Row() for name in contenders})
+    expected = task.expected(case)
+    for name, process in contenders.items():
+        say(f"{case}: preparing {name}")
+        _begin(process, comparison.rows[name], task, case, expected, search)
+    running = {name: row for name, row in comparison.rows.items() if not (row.void or row.unsupported)}
+    if running:
+        multiple = task.multiple(case)
+        n = comparison.repeats = _repeats([row.variants[row.variant] for row in running.values()], multiple)
+        warmup = multiple * max(1, n // (8 * multiple))
+        for i, name in interleaved(running, rounds):
+            say(f"{case}: round {i + 1} of {rounds}, {n} repeats a sample")
+            attempts = 1 if _busy(running.values()) else ATTEMPTS
+            _sample(contenders[name], running[name], n, warmup, attempts)
+    return comparison
+
+
+def interleaved(names: Mapping[str, Any] | Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """(round, name) for every name in every round, in an order drawn anew for each."""
+    draw = random.Random(0)
+    return [(i, name) for i in range(rounds) for name in draw.sample(list(names), len(names))]
+
+
+def _begin(process: Process, row: Row, task: Task, case: Case, expected: tuple[float, float], search: float) -> None:
+    try:
+        answer = process.ask("begin", what=task.name, case=case.to_dict(), search=search)
+    except Unsupported as reason:
+        row.unsupported = str(reason)
+        return
+    except Failed as error:
+        row.void = f"failed:\n{error}"
+        return
+    row.variant, row.variants, row.first_seconds = answer["variant"], answer["variants"], answer["first_seconds"]
+    number, (value, tolerance) = answer["number"], expected
+    if number is not None and not abs(number - value) <= tolerance:
+        row.void = f"its {task.name} gives {number:.7g}, where {value:.7g} ± {tolerance:.2g} is right"
+    process.wait_until_idle()
+
+
+def _repeats(seconds: Sequence[float], multiple: int) -> int:
+    """How often to repeat in a sample, the same for all."""
+    n = min(FASTEST_SAMPLE / min(seconds), SLOWEST_SAMPLE / max(seconds))
+    return multiple * max(1, round(n / multiple))
+
+
+def _busy(rows: Iterable[Row]) -> bool:
+    """Whether most samples were contended so far, so that to take them again is of no use."""
+    rows = list(rows)
+    taken, contended = sum(len(row.seconds) for row in rows), sum(row.contended for row in rows)
+    return taken >= ENOUGH and contended > taken / 2
+
+
+def _sample(process: Process, row: Row, n: int, warmup: int, attempts: int) -> None:
+    answer, contention = uncontended(process, row.cores, lambda: process.ask("sample", n=n, warmup=warmup), attempts)
+    row.contended += contention > 1
+    row.seconds.append(answer["seconds"])
+    row.cores.append(answer["cores"])
+
+
+def uncontended(
+    process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]], attempts: int = ATTEMPTS
+) -> tuple[dict[str, Any], float]:
+    """A sample, taken again while something else ran, and how contended it was: over 1 is too much."""
+    taken: list[tuple[dict[str, Any], float]] = []
+    deadline = time.perf_counter() + ATTEMPT_SECONDS
+    while not taken or (taken[-1][1] > 1 and len(taken) < attempts and time.perf_counter() < deadline):
+        taken.append(_attempt(process, usual_cores, take))
+    return min(taken, key=lambda pair: pair[1])
+
+
+def _attempt(
+    process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], float]:
+    others, start = Others(process), time.perf_counter()
+    answer = take()
+    share = others.seconds() / (time.perf_counter() - start)
+    process.wait_until_idle()
+    usual = median(usual_cores) if usual_cores else answer["cores"]
+    return answer, max(share / OTHERS_SHARE, CORES_DROP * usual / max(answer["cores"], 1e-9))

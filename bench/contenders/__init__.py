@@ -1,0 +1,37 @@
+"""Who is compared: our backends, the peers that a user would pick instead, and the floor."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from bench.contenders.contract import Contender
+
+__all__ = ["BACKENDS", "CPU_BACKENDS", "FLOOR", "GPU_BACKENDS", "GPU_PEERS", "PEERS", "contender"]
+
+CPU_BACKENDS, GPU_BACKENDS = ("cpu", "numpy"), ("cuda", "numba-cuda")
+BACKENDS = (*GPU_BACKENDS, *CPU_BACKENDS)
+FLOOR = "floor"
+PEERS = ("torch", "torch-compile", "jax", "sklearn")
+GPU_PEERS = ("torch@cuda", "torch-compile@cuda", "torch-graph@cuda", "jax@cuda", "cupy@cuda")
+
+CLASSES = {
+    FLOOR: ("floor", "Products"),
+    "torch": ("torch_peers", "TorchEager"),
+    "torch-compile": ("torch_peers", "TorchCompile"),
+    "torch-graph": ("torch_peers", "TorchGraph"),
+    "jax": ("jax_peer", "Jax"),
+    "sklearn": ("sklearn_peer", "ScikitLearn"),
+    "cupy": ("cupy_peer", "CuPy"),
+}
+"""Module and class of each by its name, without the device."""
+
+
+def contender(name: str) -> Contender:
+    """The contender of this name; what it stands on is imported when it is put to work, not here."""
+    if name in BACKENDS:
+        found: Contender = import_module("bench.contenders.ours").Ours(name)
+        return found
+    library, _, device = name.partition("@")
+    module, kind = CLASSES[library]
+    made: Contender = getattr(import_module(f"bench.contenders.{module}"), kind)(*filter(None, [device]))
+    return made

@@ -1,0 +1,18 @@
+"""New processes: the import, the time to the first steps with and without compiled code on disk, the memory."""
+
+import pytest
+
+from bench.fresh import IMPORTS
+
+
+@pytest.mark.parametrize("contender", IMPORTS)
+def test_import(contender, arena, rivals, replay):
+    """What `import` takes."""
+    replay("import", lambda: arena.imported(rivals, rounds=5))
+
+
+@pytest.mark.parametrize(("cache", "rounds"), [("cold", 1), ("warm", 3)])
+@pytest.mark.parametrize("contender", ["cpu", "numpy", "torch", "torch-compile", "jax", "sklearn"])
+def test_first_step(cache, rounds, contender, arena, rivals, replay):
+    """From a bare interpreter to the end of the first pass over mini-batches."""
+    replay(f"first step, {cache}", lambda: arena.first_steps(rivals, rounds=rounds, cold=cache == "cold"))

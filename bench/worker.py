@@ -1,0 +1,153 @@
+"""One contender's process: `python -m bench.worker NAME THREADS` answers JSON lines on stdin with JSON on stdout.
+
+Every contender has one of its own, kept for a whole run: no library's threads, allocator or settings touch another's.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import numpy as np
+
+from bench.cases import Case
+from bench.contenders import contender
+from bench.contenders.contract import Parameters, Unsupported, Variants, Work
+from bench.datasets import FITS, Fit
+from bench.tasks import TASKS
+
+TRIAL_SECONDS, TRIALS = 0.05, 3
+"""How long each variant is tried, and how often, to find the fastest."""
+
+
+class Worker:
+    """Holds one contender and the work that it is at."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.contender = contender(name)
+        self.contender.set_up(threads)
+        self.work: Work | None = None
+
+    def begin(self, what: str, case: dict[str, Any], search: float) -> dict[str, Any]:
+        """Build the work in its fastest variant; answers its name, the time to the first steps, and its check.
+
+        After `search` seconds of building, no more variants are tried.
+        """
+        task, subject = TASKS[what], Case.from_dict(case)
+        steps = task.multiple(subject)
+        built = _built(task.variants(self.contender, subject), steps, search)
+        # All of them are compiled by now: no trial runs beside a compiler.
+        seconds = {name: _trial(work, steps) for name, (_, work) in built.items()}
+        variant = min(built, key=lambda name: seconds[name])
+        first, self.work = built[variant]
+        self.work.reset()
+        self.work.run(steps)
+        result = self.work.result()
+        number = None if result is None else task.number(subject, result)
+        return {"variant": variant, "variants": seconds, "first_seconds": first, "number": number}
+
+    def sample(self, n: int, warmup: int) -> dict[str, float]:
+        """Wall and processor seconds for n repeats from the initial state, after a warm-up."""
+        self.work.reset()
+        self.work.run(warmup)
+        self.work.reset()
+        gc.collect()
+        gc.disable()
+        cpu, wall = time.process_time(), time.perf_counter()
+        counted = self.work.run(n)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        gc.enable()
+        return {"seconds": (wall if counted is None else counted) / n, "cores": cpu / wall}
+
+    def end(self) -> dict[str, Any]:
+        """Let go of the work."""
+        self.work = None
+        gc.collect()
+        return {}
+
+    def fit(self, name: str, epochs: int, seed: int) -> dict[str, Any]:
+        """[seconds, accuracy] after each epoch of fitting a data set."""
+        fit, cpu, wall = FITS[name], time.process_time(), time.perf_counter()
+        curve = list(self.contender.fit(fit, epochs, seed))
+        cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        return {"curve": [(seconds, accuracy(fit, parameters)) for seconds, parameters in curve], "cores": cores}
+
+    def about(self) -> dict[str, Any]:
+        """Versions of what this process stands on."""
+        names = {"sklearn": "scikit-learn"}
+        packages = [names.get(name, name) for name in ("numpy", *self.contender.packages)]
+        return {"versions": {name: importlib.metadata.version(name) for name in packages}}
+
+
+def _built(variants: Variants, steps: int, search: float) -> dict[str, tuple[float, Work]]:
+    """Each variant after its first steps, with the seconds that it took to get there."""
+    built: dict[str, tuple[float, Work]] = {}
+    for name, build in variants.items():
+        if sum(seconds for seconds, _ in built.values()) > search:
+            break
+        start = time.perf_counter()
+        work = build()
+        work.reset()
+        work.run(steps)
+        built[name] = time.perf_counter() - start, work
+    return built
+
+
+def _trial(work: Work, steps: int) -> float:
+    """Seconds a step, the best of a few short runs."""
+    once = _run(work, steps)
+    n = max(1, round(TRIAL_SECONDS / once / steps)) * steps
+    return min(once, *(_run(work, n) for _ in range(TRIALS)))
+
+
+def _run(work: Work, n: int) -> float:
+    work.reset()
+    start = time.perf_counter()
+    counted = work.run(n)
+    return (time.perf_counter() - start if counted is None else counted) / n
+
+
+def accuracy(fit: Fit, parameters: Parameters) -> float:
+    """Of these parameters, on the held-out rows."""
+    net = fit.case.network()
+    for mine, given in zip((*net.W, *net.b), (*parameters[0], *parameters[1]), strict=True):
+        mine[...] = given
+    _, _, X, y = fit.data()
+    return float(np.mean(net.predict(X) == y))
+
+
+def _answer(method: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return method(**arguments)
+    except Unsupported as reason:
+        return {"unsupported": str(reason)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def _own_stdout() -> TextIO:
+    """What was stdout; from here on, anything that a library prints goes to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+def main(name: str, threads: str) -> None:
+    """Answer until stdin ends."""
+    answers = _own_stdout()
+    worker = Worker(name, int(threads))
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = _answer(getattr(worker, request.pop("do")), request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

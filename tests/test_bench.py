@@ -1,0 +1,483 @@
+"""The benchmarks measure what they say: the same work for all, samples in step, and tables from the files alone."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import comparison, plots, report, results, tables
+from bench.arena import Arena
+from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
+from bench.comparison import compare, interleaved, quartiles, ratios
+from bench.contenders import BACKENDS, FLOOR, GPU_PEERS, PEERS, contender
+from bench.contenders.contract import Unsupported
+from bench.datasets import FITS, missing
+from bench.fresh import first_step, import_seconds
+from bench.processes import Failed, Others, Process
+from bench.tasks import COPY, OPERATIONS, TASKS
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = Case((7, 11, 5, 3), 13)
+
+CONTENDERS = [
+    name for name in (*BACKENDS, *PEERS, FLOOR) if name != "torch-compile" and contender(name).missing() is None
+]
+"""Those that work here, but for the one that compiles for many seconds."""
+
+
+# Cases
+
+
+def test_the_networks_are_those_of_the_readme():
+    assert {name: case.layer_sizes for name, case in NETWORKS.items()} == {
+        "S": (30, 64, 64, 2),
+        "M": (784, 256, 128, 10),
+        "N": (32, 64, 64, 64, 64, 16),
+        "L": (784, 1024, 1024, 10),
+    }
+
+
+def test_flops_are_those_of_the_products_of_a_step():
+    forward, gradients, backward = 7 * 11 + 11 * 5 + 5 * 3, 7 * 11 + 11 * 5 + 5 * 3, 11 * 5 + 5 * 3
+    assert SMALL.flops == 2 * 13 * (forward + gradients + backward)
+    assert SMALL.product_flops == 2 * 13 * forward
+
+
+def test_random_shapes_are_the_same_each_time_and_within_their_bounds():
+    cases = random_cases(60)
+    assert cases == random_cases(60)
+    assert cases[:5] == random_cases(5)
+    assert {case.activation for case in cases} == {"relu", "tanh", "gelu", "silu"}
+    for case in cases:
+        assert 1 <= len(case.layer_sizes) - 1 <= 8
+        assert min(case.layer_sizes) >= 1
+        assert max(case.layer_sizes) <= 2048
+        assert 1 <= case.batch_size <= 4096
+        assert case.flops <= LARGEST_STEP
+
+
+def test_mini_batches_are_the_rows_in_the_drawn_order():
+    X, y = SMALL.data()
+    batches, labels = SMALL.batches()
+    np.testing.assert_array_equal(batches.reshape(-1, 7), X[SMALL.order()])
+    np.testing.assert_array_equal(labels.ravel(), y[SMALL.order()])
+    assert sorted(SMALL.order()) == list(range(SMALL.n_rows))
+
+
+def test_a_case_survives_json():
+    assert Case.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
+
+
+# The same work
+
+
+@pytest.fixture(params=CONTENDERS)
+def worker(request):
+    """A contender, ready."""
+    chosen = contender(request.param)
+    chosen.set_up(1)
+    return chosen
+
+
+def _variants(task, worker, case):
+    try:
+        return TASKS[task].variants(worker, case)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu", "silu"])
+def test_every_variant_trains_to_the_loss_of_the_reference(activation, worker):
+    case = Case((7, 11, 5, 3), 13, activation)
+    expected, tolerance = TASKS["training"].expected(case)
+    assert tolerance > 0
+    for build in _variants("training", worker, case).values():
+        try:
+            work = build()
+        except Unsupported as reason:
+            pytest.skip(str(reason))
+        for _ in range(2):  # from the beginning each time
+            work.reset()
+            work.run(case.n_batches)
+            if (result := work.result()) is not None:
+                assert abs(TASKS["training"].number(case, result) - expected) <= tolerance
+
+
+def test_two_classes_are_two_outputs_for_everyone(worker):
+    case = Case((5, 4, 2), 9)
+    expected, tolerance = TASKS["training"].expected(case)
+    for build in _variants("training", worker, case).values():
+        work = build()
+        work.reset()
+        work.run(case.n_batches)
+        if (result := work.result()) is not None:
+            assert abs(TASKS["training"].number(case, result) - expected) <= tolerance
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("operation", [*OPERATIONS, COPY])
+def test_operations_agree_with_the_reference(operation, activation, worker):
+    case = Case((11, 5), 13, activation, n_batches=1)
+    for build in _variants(operation, worker, case).values():
+        work = build()
+        work.run(3)
+        if (result := work.result()) is not None:
+            assert TASKS[operation].number(case, result) <= TASKS[operation].expected(case)[1]
+
+
+def test_labels_agree_with_the_reference(worker):
+    case = Case((7, 11, 5, 3), 200, n_batches=1)
+    for build in _variants("prediction", worker, case).values():
+        work = build()
+        work.run(2)
+        assert TASKS["prediction"].number(case, work.result()) <= TASKS["prediction"].expected(case)[1]
+
+
+def test_fits_tell_rising_times_and_learn(worker):
+    try:
+        curve = list(worker.fit(FITS["digits"], 3, seed=0))
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    seconds = [moment for moment, _ in curve]
+    assert len(curve) == 3
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    from bench.worker import accuracy
+
+    assert accuracy(FITS["digits"], curve[-1][1]) > 0.8
+
+
+def test_peers_for_a_gpu_say_what_they_miss_without_one():
+    for name in GPU_PEERS:
+        reason = contender(name).missing()
+        assert reason is None or "CUDA" in reason or "not installed" in reason
+
+
+def test_data_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MNIST", str(tmp_path / "nowhere"))
+    assert "nowhere" in missing("mnist")
+    assert missing("digits") is None
+
+
+# Measuring
+
+
+def test_quartiles_are_interpolated():
+    assert quartiles([4.0, 1.0, 3.0, 2.0]) == (1.75, 2.5, 3.25)
+    assert quartiles([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_ratios_are_taken_pair_by_pair():
+    # Both slow down together in the second round: their ratio does not.
+    assert ratios([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == (2.0, 2.0, 2.0)
+
+
+def test_every_round_has_every_contender_once_in_changing_order():
+    drawn = interleaved(["a", "b", "c"], 20)
+    rounds = [[name for i, name in drawn if i == k] for k in range(20)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+
+
+class Scripted:
+    """A process whose answers are given beforehand, on a machine where others use what they are told to."""
+
+    def __init__(self, monkeypatch, number=None, others=()):
+        self.number, self.others, self.samples = number, list(others), 0
+        self.now = 0.0
+        monkeypatch.setattr(comparison, "Others", lambda process: self)
+        monkeypatch.setattr(comparison.time, "perf_counter", lambda: self.now)
+
+    def ask(self, do, **arguments):
+        if do == "begin":
+            return {"variant": "", "variants": {"": 0.01}, "first_seconds": 0.1, "number": self.number}
+        self.samples += 1
+        self.now += 1.0
+        return {"seconds": float(self.samples), "cores": 1.0}
+
+    def seconds(self):
+        return self.others.pop(0) if self.others else 0.0
+
+    def wait_until_idle(self):
+        pass
+
+
+def test_a_sample_is_taken_again_while_something_else_runs(monkeypatch):
+    process = Scripted(monkeypatch, others=[0.9, 0.5, 0.0])
+    answer, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == 3
+    assert answer["seconds"] == 3.0
+    assert contention <= 1
+
+
+def test_the_least_contended_sample_is_kept_where_all_are(monkeypatch):
+    process = Scripted(monkeypatch, others=[0.9, 0.3, 0.5, 0.7, 0.0])
+    answer, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == comparison.ATTEMPTS
+    assert answer["seconds"] == 2.0
+    assert contention > 1
+
+
+def test_a_contender_that_lacks_its_usual_processors_is_contended(monkeypatch):
+    process = Scripted(monkeypatch)
+    _, contention = comparison.uncontended(process, [2.0, 2.0, 2.0], lambda: process.ask("sample"))
+    assert contention > 1
+
+
+@pytest.mark.parametrize("number", [math.nan, 0.0, 10.0])
+def test_a_different_answer_voids_the_row(monkeypatch, number):
+    measured = compare(SMALL, {"numpy": Scripted(monkeypatch, number=number)}, rounds=2)
+    assert "training gives" in measured.rows["numpy"].void
+    assert measured.rows["numpy"].seconds == []
+
+
+def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
+    number = TASKS["training"].expected(SMALL)[0]
+    measured = compare(SMALL, {"numpy": Scripted(monkeypatch, number=number)}, rounds=2)
+    assert measured.rows["numpy"].void == ""
+    assert len(measured.rows["numpy"].seconds) == 2
+
+
+def test_nothing_is_taken_again_on_a_machine_that_is_busy_throughout(monkeypatch):
+    number = TASKS["training"].expected(SMALL)[0]
+    process = Scripted(monkeypatch, number=number, others=[0.9] * 1000)
+    row = compare(SMALL, {"numpy": process}, rounds=20).rows["numpy"]
+    assert row.contended == 20
+    assert process.samples == comparison.ATTEMPTS * comparison.ENOUGH + 20 - comparison.ENOUGH
+
+
+# Processes
+
+
+def test_what_else_runs_is_seen():
+    with Process(FLOOR, 1) as process, Process("numpy", 1) as other:
+        other.ask("about")
+        quiet = Others(process)
+        before = quiet.seconds()
+        case = Case((64, 64, 64, 10), 512).to_dict()
+        other.ask("begin", what="training", case=case, search=1.0)
+        assert quiet.seconds() - before > 0.02
+
+
+def test_processes_answer_in_step():
+    with Arena(threads=1, rounds=2) as arena:
+        measured = arena.compared("training", SMALL, ["numpy", FLOOR])
+        again = arena.compared("training", SMALL, ["numpy", FLOOR])
+    assert again is measured
+    assert [len(entry.row.seconds) for entry in measured.values()] == [2, 2]
+    assert all(min(entry.row.seconds) > 0 and entry.row.void == "" for entry in measured.values())
+
+
+def test_what_goes_wrong_in_a_process_comes_back():
+    with Process(FLOOR, 1) as process:
+        with pytest.raises(Failed, match="KeyError"):
+            process.ask("begin", what="nonsense", case=SMALL.to_dict(), search=1.0)
+        assert process.ask("about")["versions"]["numpy"] == np.__version__
+
+
+def test_a_process_that_ended_is_reported():
+    process = Process(FLOOR, 1)
+    process.process.kill()
+    process.process.wait()
+    with pytest.raises(Failed, match="ended with status"):
+        process.ask("about")
+    process.close()
+
+
+def test_new_processes_tell_their_seconds_and_memory():
+    assert import_seconds("numpy") > 0
+    answer = first_step("numpy", 1, cold=True)
+    assert answer["seconds"] > 0
+    assert 10 < answer["peak_mb"] < 10_000
+
+
+# Result files, tables and plots
+
+
+def _benchmark(group, name, data, **notes):
+    return {
+        "group": group,
+        "name": f"test[{name}]",
+        "extra_info": {"contender": name, "contended": 0, **notes},
+        "stats": {"data": data, "median": sorted(data)[len(data) // 2]},
+    }
+
+
+@pytest.fixture
+def result(tmp_path):
+    """A file with something of everything, in which ours takes 1 ms or 1 s, and the others 2, 3 … times as long."""
+    machine = {"cpu": "A Processor", "gpu": "", "threads": 2, "simd": "avx2", "python": "3.12.0"}
+    machine["versions"] = {"numpy": "2.0.0"}
+    names = ("cpu", "torch", "jax", "sklearn", "numpy", "floor")
+
+    def group(title, names=names, unit=1e-3, **notes):
+        return [_benchmark(title, name, [unit * (i + 1)] * 3, **notes) for i, name in enumerate(names)]
+
+    def noted(case, what="training"):
+        return {"case": case.to_dict(), "what": what, "variant": "a way", "first_seconds": 1.0}
+
+    curves = [[[0.5, 0.9], [1.0, 0.98]]] * 3
+    benchmarks = [
+        *group("training step, S", **noted(NETWORKS["S"])),
+        *group("training step, M", **noted(NETWORKS["M"])),
+        *group("activation, S, tanh", names[:3], **noted(Case((30, 64, 64, 2), 200, "tanh"))),
+        *group("random shape, 3-4-5, 6", names[:3], **noted(Case((3, 4, 5), 6))),
+        *group("width 64, batch 32", names[:3], **noted(Case((64, 64, 64, 10), 32))),
+        *group("width 64, batch 128", names[:3], **noted(Case((64, 64, 64, 10), 128))),
+        *group("predict, S", names[:3], **noted(NETWORKS["S"], "prediction")),
+        *group("dense_forward, M", names[:3], **noted(Case((784, 256), 128), "dense_forward")),
+        *group("ceiling, product", names[:3], **noted(Case((2048, 2048), 2048), "dense_forward")),
+        *group("fit, digits", names[:4], 1.0, target=0.97, curves=curves),
+        *group("import", ("cpu", "torch"), 1.0),
+        *group("first step, cold", ("cpu", "torch"), 1.0, peak_mb=[200.0]),
+    ]
+    content = {"machine_info": machine, "commit_info": {}, "datetime": "2030-01-02T03:04:05", "benchmarks": benchmarks}
+    path = tmp_path / "a-processor.json"
+    path.write_text(results.compact(content), encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(content))
+    return results.read(path)
+
+
+def test_tables_hold_times_and_ratios(result):
+    text = tables.short(result)
+    assert "**A Processor, 2 threads, avx2** (2030-01-02; Python 3.12.0, numpy 2.0.0)" in text
+    assert "| S: 30-64-64-2, 200 | 1.00 ms | 2.00 ms (2.00 ×) | 3.00 ms (3.00 ×) |" in text
+    assert "2.00 in the geometric mean; 2.00 at the least (3-4-5, 6, against PyTorch eager)" in text
+    assert "| `predict` on 100,000 rows: times as fast as PyTorch eager | S 2.00 |" in text
+    assert "1.00 s, accuracy 98.00%; scikit-learn 4.00 s (4.00 ×), accuracy 98.00%" in text
+    assert "backprop_gpu, cpu 1.00 s (200 MB)" in text
+
+
+def test_everything_is_in_the_long_tables(result):
+    text = tables.everything(result)
+    for title, prefix in tables.SECTIONS:
+        assert (f"### {title}\n" in text) == any(True for _ in result.under(prefix))
+    assert "| digits | PyTorch eager | 98.00% | 97.0% | 1.00 s |" in text
+    assert "samples; during 0 of them something else was running" in text
+
+
+def test_operations_on_a_gpu_are_set_against_its_ceilings():
+    """1 TFLOP/s and 1 TB/s: the product takes 2 · 100 · 1000 · 1000 operations, the update 28 bytes a parameter."""
+    layer = Case((1000, 1000), 100, n_batches=1)
+
+    def row(seconds, name="torch@cuda", case=layer):
+        return {name: results.Bench(name, (seconds,), {"case": case.to_dict(), "contended": 0})}
+
+    groups = {
+        "ceiling, product": row(2e-3, case=Case((1000, 1000), 1000)),
+        "ceiling, copy": row(8e-6),
+        "dense_forward, wide": row(4e-4),
+        "update, wide": row(5.6e-5),
+    }
+    machine = {"gpu": "A GPU", "python": "3.12.0", "versions": {}}
+    text = tables.everything(results.Result(Path("a-gpu.json"), machine, "2030-01-02", groups))
+    assert "| of 1.0 TFLOP/s and 1.00 TB/s |" in text
+    assert "| `dense_forward`, wide | – | – | 50% |" in text
+    assert "| `update`, wide | – | – | 50% |" in text
+
+
+def test_ratios_in_tables_are_medians_of_the_rounds():
+    ours = results.Bench("cpu", (1.0, 2.0, 4.0), {})
+    assert ours.times_as_fast(results.Bench("jax", (3.0, 4.0, 4.0), {})) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (12.345, "12.3 s"),
+        (1.0, "1.00 s"),
+        (0.12345, "123 ms"),
+        (1234.5, "1234 s"),
+        (4.56e-5, "45.6 µs"),
+        (9.996e-3, "10.0 ms"),
+    ],
+)
+def test_times_have_three_digits(seconds, text):
+    assert tables.time_of(seconds) == text
+
+
+def test_every_plot_is_drawn(result, tmp_path):
+    plots.draw(result, tmp_path / "plots")
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "plots").iterdir()}
+    assert drawn.keys() == {f"a-processor-{name}.svg" for name in ("throughput", "accuracy", "ceiling")}
+    assert set(plots.files(result).values()) == drawn.keys()
+    assert all(text.lstrip().startswith("<?xml") and "nan" not in text.lower() for text in drawn.values())
+    plots.draw(result, tmp_path / "again")
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "again").iterdir()} == drawn
+
+
+def test_the_readme_takes_its_figures_from_the_files_alone(monkeypatch, result):
+    monkeypatch.setattr(report, "all_results", lambda: [])
+    assert report.benchmarks() == "Speed on a CPU: not yet measured.\n\nSpeed on a GPU: not yet measured."
+    monkeypatch.setattr(report, "all_results", lambda: [result])
+    assert report.benchmarks() == f"{tables.short(result)}\n\nSpeed on a GPU: not yet measured."
+    text = report.filled("".join(f"<!-- {name} -->\nold 12.3 ms\n<!-- /{name} -->\n" for name in report.TABLES))
+    assert "old" not in text
+    assert tables.short(result) in text
+    with pytest.raises(ValueError, match="no markers"):
+        report.filled("")
+
+
+def test_committed_results_are_complete():
+    """Each was measured by all that it compares with, and its plots are there."""
+    for found in results.all_results():
+        assert found.machine["versions"].keys() >= {"numpy", "backprop_gpu"}
+        for file in plots.files(found).values():
+            assert (plots.FOLDER / file).exists()
+
+
+def test_the_instructions_name_every_suite():
+    text = (ROOT / "bench/README.md").read_text(encoding="utf-8")
+    suites = {path.name for path in (ROOT / "bench").glob("test_*.py")}
+    assert suites <= set(re.findall(r"test_\w+\.py", text))
+
+
+# The suites, run by pytest
+
+
+def _suites(tmp_path, *arguments):
+    file = tmp_path / "benchmarks.json"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", f"--benchmark-json={file}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return done, json.loads(file.read_text(encoding="utf-8")) if file.exists() and file.stat().st_size else None
+
+
+def test_pytest_measures_the_selected_contenders_in_step(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    selection = "test_operation and dense_forward-M and (numpy or floor)"
+    done, content = _suites(tmp_path, "bench/test_operations.py", "-k", selection, "--rounds=2", "--threads=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [benchmark["extra_info"]["contender"] for benchmark in content["benchmarks"]] == ["numpy", "floor"]
+    assert [len(benchmark["stats"]["data"]) for benchmark in content["benchmarks"]] == [2, 2]
+    assert content["machine_info"]["threads"] == 1
+    assert content["machine_info"].keys() >= {"cpu", "versions", "simd"}
+    assert "node" not in content["machine_info"]
+
+
+def test_a_backend_that_is_not_there_is_skipped_by_name(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    code = "import bench.contenders.floor as f; f.Products.packages = ('no_such_package',)"
+    (tmp_path / "without_floor.py").write_text(code, encoding="utf-8")
+    done, _ = _suites(tmp_path, "-p", "without_floor", "bench/test_operations.py", "-k", "M-floor and dense_forward")
+    assert "floor: no_such_package not installed" in done.stdout, done.stdout + done.stderr
+
+
+def test_one_command_measures_writes_and_prints(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    file = tmp_path / "mine.json"
+    selection = "test_ceiling and product and floor"
+    command = [sys.executable, "-m", "bench", "--output", str(file), "-k", selection, "--rounds=2", "--threads=1"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (group,) = results.read(file).groups.values()
+    assert len(group["floor"].seconds) == 2
+    assert f"written to {file}" in done.stdout
+    assert tables.heading(results.read(file)) in done.stdout
