@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(status) or 1
         content = json.loads(written.read_text(encoding="utf-8"))
     output = arguments.output or _output(content["machine_info"], arguments.keep)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(results.compact(content), encoding="utf-8")
     if arguments.keep:
         report.main([])
