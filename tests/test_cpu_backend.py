@@ -119,7 +119,7 @@ def gradient(backend, dtype, X, y, sizes):
     trainer, _ = trainer_of(net, X, y, len(X), bp.SGD(clip_norm=1e30))  # for which the whole gradient is kept
     run(trainer, len(X), len(X))
     flat = np.empty_like(net.parameters)
-    step.store(0, 1, trainer.layers, trainer.memory.gradients[0], flat)
+    step.store(trainer.layers, trainer.memory.gradients[0], flat)
     return flat
 
 

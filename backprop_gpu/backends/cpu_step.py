@@ -116,29 +116,18 @@ class StepTrainer(Trainer):
         return Batches(plain(x), plain(labels), plain(values), plain(order), share)
 
     def _load(self) -> None:
-        n_threads, vectors = self.plan.n_threads, self._vectors()
-
-        def work(thread: int) -> None:
-            for flat, packed in vectors:
-                step.load(thread, n_threads, self.layers, flat, packed)
-
-        threads.run(n_threads, work)
-        threads.run(n_threads, lambda thread: step.transpose(thread, n_threads, self.layers, self.memory))
+        for flat, packed in self._vectors():
+            step.load(self.layers, plain(flat), self.memory, packed, packed is self.memory.parameters)
 
     def _store(self) -> None:
-        n_threads, vectors = self.plan.n_threads, self._vectors()
-
-        def work(thread: int) -> None:
-            for flat, packed in vectors:
-                step.store(thread, n_threads, self.layers, packed, flat)
-
-        threads.run(n_threads, work)
+        for flat, packed in self._vectors():
+            step.store(self.layers, packed, flat)
 
     def _vectors(self) -> list[tuple[Array, Array]]:
         """Each flat vector of the job, with its packed form."""
         slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
         packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
-        return list(zip(map(plain, (self.job.parameters, *slots)), packed, strict=False))
+        return list(zip((self.job.parameters, *slots), packed, strict=False))
 
 
 def shares(order: Array, sample_weight: Array | None, batch_size: int) -> tuple[Array, Array]:
