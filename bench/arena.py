@@ -13,12 +13,12 @@ from bench.comparison import Comparison, Row, compare, interleaved, uncontended
 from bench.contenders import contender
 from bench.datasets import FITS
 from bench.fresh import IMPORTS, first_step, import_seconds
-from bench.processes import Process, Unsupported
+from bench.processes import Failed, Process, Unsupported
 
 __all__ = ["Arena", "Measured"]
 
 
-QUICK_ROUNDS = 7
+QUICK_ROUNDS = 5
 SEARCH, QUICK_SEARCH = 60.0, 3.0
 """Seconds of building after which no further way of a peer is tried."""
 
@@ -49,9 +49,12 @@ class Arena:
     def running(self, names: Sequence[str]) -> dict[str, Process]:
         """The processes of those that can take part here."""
         for name in names:
-            if name not in self.processes and contender(name).missing() is None:
+            if not self._runs(name) and contender(name).missing() is None:
                 self.processes[name] = Process(name, self.threads)
         return {name: self.processes[name] for name in names if name in self.processes}
+
+    def _runs(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].process.poll() is None
 
     def compared(self, what: str, case: Case, names: Sequence[str], *, quick: bool = False) -> dict[str, Measured]:
         """Task `what` on `case`; `quick`: fewer rounds, and fewer of a peer's ways where they take long to build."""
@@ -85,7 +88,8 @@ class Arena:
         rounds, search = (min(self.rounds, QUICK_ROUNDS), QUICK_SEARCH) if quick else (self.rounds, SEARCH)
         comparison: Comparison = compare(case, running, what, rounds=rounds, search=search, say=self.say)
         for process in running.values():
-            process.ask("end")
+            with suppress(Failed):  # its row says so
+                process.ask("end")
         notes = {"case": case.to_dict(), "what": what, "repeats": comparison.repeats}
         return {name: Measured(row, dict(notes)) for name, row in comparison.rows.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +16,12 @@ from bench.tasks import TASKS, Task
 
 __all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "uncontended"]
 
-FASTEST_SAMPLE, SLOWEST_SAMPLE = 0.02, 0.5
-"""A sample lasts at least 20 ms for the fastest contender, unless it would be over 0.5 s for the slowest."""
+FASTEST_SAMPLE, SLOWEST_SAMPLE = 0.02, 0.3
+"""A sample lasts at least 20 ms for the fastest contender, unless it would be over 0.3 s for the slowest."""
+
+WARMUP = 0.12
+"""Seconds of the same work before a sample. After a pause Linux wakes threads on one processor and takes up to 70 ms to
+spread them: JAX on M takes 780 µs a step after 3 ms of warm-up, 530 µs after 70 ms; backprop_gpu 510 and 370 µs."""
 
 OTHERS_SHARE = 0.05
 """A sample is contended when other processes take more than 5 % of a processor meanwhile,"""
@@ -98,11 +103,9 @@ def compare(
     if running:
         multiple = task.multiple(case)
         n = comparison.repeats = _repeats([row.variants[row.variant] for row in running.values()], multiple)
-        warmup = multiple * max(1, n // (8 * multiple))
         for i, name in interleaved(running, rounds):
             say(f"{case}: round {i + 1} of {rounds}, {n} repeats a sample")
-            attempts = 1 if _busy(running.values()) else ATTEMPTS
-            _sample(contenders[name], running[name], n, warmup, attempts)
+            _sample(contenders[name], running[name], n, multiple, 1 if _busy(running.values()) else ATTEMPTS)
     return comparison
 
 
@@ -130,8 +133,11 @@ def _begin(process: Process, row: Row, task: Task, case: Case, expected: tuple[f
 
 def _repeats(seconds: Sequence[float], multiple: int) -> int:
     """How often to repeat in a sample, the same for all."""
-    n = min(FASTEST_SAMPLE / min(seconds), SLOWEST_SAMPLE / max(seconds))
-    return multiple * max(1, round(n / multiple))
+    return _at_least(min(FASTEST_SAMPLE / min(seconds), SLOWEST_SAMPLE / max(seconds)), multiple)
+
+
+def _at_least(n: float, multiple: int) -> int:
+    return multiple * max(1, math.ceil(n / multiple))
 
 
 def _busy(rows: Iterable[Row]) -> bool:
@@ -141,8 +147,17 @@ def _busy(rows: Iterable[Row]) -> bool:
     return taken >= ENOUGH and contended > taken / 2
 
 
-def _sample(process: Process, row: Row, n: int, warmup: int, attempts: int) -> None:
-    answer, contention = uncontended(process, row.cores, lambda: process.ask("sample", n=n, warmup=warmup), attempts)
+def _sample(process: Process, row: Row, n: int, multiple: int, attempts: int) -> None:
+    if row.void:
+        return
+    warmup = _at_least(WARMUP / row.variants[row.variant], multiple)
+    try:
+        answer, contention = uncontended(
+            process, row.cores, lambda: process.ask("sample", n=n, warmup=warmup), attempts
+        )
+    except Failed as error:
+        row.void, row.seconds = f"failed:\n{error}", []
+        return
     row.contended += contention > 1
     row.seconds.append(answer["seconds"])
     row.cores.append(answer["cores"])

@@ -24,7 +24,7 @@ LIMIT = 1.25
 GUARDED = {name: NETWORKS[name] for name in ("S", "M", "N")}
 BACKENDS = CPU_BACKENDS
 
-ROUNDS = 9
+ROUNDS = 7
 
 
 class Slowed:

@@ -20,8 +20,9 @@ from bench.contenders.contract import Contender, Variants
 
 __all__ = ["COPY", "OPERATIONS", "TASKS", "Layer", "Task", "layer", "operate", "outputs"]
 
-LOSS_TOLERANCE = 1e-3
-"""Of what the steps changed in the loss; float32 costs up to 5e-5 of it, in scikit-learn's Adam."""
+LOSS_TOLERANCE = 1e-2
+"""Of what the steps changed in the loss. float32 costs up to 4e-4 of it on L and 12 random networks, and scikit-learn,
+whose Adam adds ε before the bias correction and not after it, 5e-3."""
 LABEL_TOLERANCE = 1e-3
 """Of the labels: rows between two classes may go either way."""
 OPERATION_TOLERANCE = 1e-4

@@ -189,17 +189,20 @@ def test_every_round_has_every_contender_once_in_changing_order():
 class Scripted:
     """A process whose answers are given beforehand, on a machine where others use what they are told to."""
 
-    def __init__(self, monkeypatch, number=None, others=()):
-        self.number, self.others, self.samples = number, list(others), 0
-        self.now = 0.0
-        monkeypatch.setattr(comparison, "Others", lambda process: self)
-        monkeypatch.setattr(comparison.time, "perf_counter", lambda: self.now)
+    now = 0.0  # one clock for all of them
+
+    def __init__(self, monkeypatch, number=None, others=(), fails_at=None):
+        self.number, self.others, self.samples, self.fails_at = number, list(others), 0, fails_at
+        monkeypatch.setattr(comparison, "Others", lambda process: process)
+        monkeypatch.setattr(comparison.time, "perf_counter", lambda: Scripted.now)
 
     def ask(self, do, **arguments):
+        if do == "sample" and self.samples == self.fails_at:
+            raise Failed("out of memory")
         if do == "begin":
             return {"variant": "", "variants": {"": 0.01}, "first_seconds": 0.1, "number": self.number}
         self.samples += 1
-        self.now += 1.0
+        Scripted.now += 1.0
         return {"seconds": float(self.samples), "cores": 1.0}
 
     def seconds(self):
@@ -243,6 +246,15 @@ def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
     measured = compare(SMALL, {"numpy": Scripted(monkeypatch, number=number)}, rounds=2)
     assert measured.rows["numpy"].void == ""
     assert len(measured.rows["numpy"].seconds) == 2
+
+
+def test_a_contender_that_fails_on_the_way_is_void_and_the_others_go_on(monkeypatch):
+    number = TASKS["training"].expected(SMALL)[0]
+    good, bad = Scripted(monkeypatch, number=number), Scripted(monkeypatch, number=number, fails_at=2)
+    rows = compare(SMALL, {"good": good, "bad": bad}, rounds=5).rows
+    assert "out of memory" in rows["bad"].void
+    assert rows["bad"].seconds == []
+    assert len(rows["good"].seconds) == 5
 
 
 def test_nothing_is_taken_again_on_a_machine_that_is_busy_throughout(monkeypatch):
@@ -289,6 +301,17 @@ def test_a_process_that_ended_is_reported():
     with pytest.raises(Failed, match="ended with status"):
         process.ask("about")
     process.close()
+
+
+def test_a_process_that_ended_is_started_again():
+    with Arena(threads=1, rounds=2) as arena:
+        (process,) = arena.running([FLOOR]).values()
+        assert arena.running([FLOOR]) == {FLOOR: process}
+        process.process.kill()
+        process.process.wait()
+        (other,) = arena.running([FLOOR]).values()
+        assert other.ask("about")["versions"]
+        process.close()
 
 
 def test_new_processes_tell_their_seconds_and_memory():
