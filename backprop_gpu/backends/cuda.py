@@ -1,0 +1,233 @@
+"""The CUDA C++ backend: the kernels of `kernels/cuda/` through CuPy, on an NVIDIA GPU of compute capability 7.5 up.
+
+Arrays are CuPy's. Every operation runs on CuPy's current stream and allocates from CuPy's pool; arrays that are on the
+GPU already, CuPy's own or of any library with DLPack or the CUDA array interface, are taken without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu.activations import Activation
+from backprop_gpu.backends import cuda_plan
+from backprop_gpu.backends.contract import Array, Backend, Dropout, Trainer, TrainingJob
+from backprop_gpu.backends.cuda_kernels import Kernels, step_numbers, stretches
+from backprop_gpu.backends.cuda_step import StepTrainer
+from backprop_gpu.losses import Loss
+from backprop_gpu.optimizers import Optimizer
+
+__all__ = ["BACKEND", "CudaBackend", "probe"]
+
+OLDEST_CAPABILITY = 75
+OLDEST_DRIVER = 12000
+"""CUDA version that the driver must offer, as CUDA counts: 12.0."""
+
+
+def probe(cp: Any = None) -> str | None:
+    """Why this backend does not work here, and the way out; None where it works."""
+    cp = cp or _cupy()
+    runtime = cp.cuda.runtime
+    try:
+        driver, n_devices = runtime.driverGetVersion(), runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        return f"CuPy finds no usable NVIDIA driver ({error}); install the driver of your GPU, 525 or newer"
+    if n_devices == 0:
+        return "there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it"
+    built_for = runtime.runtimeGetVersion()
+    if driver < max(OLDEST_DRIVER, built_for // 1000 * 1000):
+        return (
+            f"the NVIDIA driver offers CUDA {_version(driver)}, and CuPy is built for {_version(built_for)}; "
+            "update the driver, or install the CuPy of its CUDA version (cupy-cuda12x, cupy-cuda13x)"
+        )
+    capability = int(cp.cuda.Device().compute_capability)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"the GPU has compute capability {capability / 10}, and the kernels need {OLDEST_CAPABILITY / 10} (Turing) "
+            "or newer; choose another GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return None
+
+
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class CudaBackend(Backend):
+    """Compiled by NVRTC as it is needed, and kept on disk by CuPy."""
+
+    name: ClassVar[str] = "cuda"
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
+
+    def __init__(self, cp: Any = None) -> None:
+        self.cp = cp or _cupy()
+        self.kernels = Kernels(self.cp)
+
+    # Arrays
+
+    def asarray(self, x: Any, dtype: str | None = None) -> Array:
+        """`x` as a C-contiguous CuPy array on the current device; no copy of one that is there and fits.
+
+        Raises ValueError for an array on another device.
+        """
+        cp = self.cp
+        if not isinstance(x, cp.ndarray):
+            x = self._taken(x, dtype)
+        here = cp.cuda.Device().id
+        if x.device.id != here:
+            raise ValueError(
+                f"the array is on GPU {x.device.id}, and the current device is GPU {here}; "
+                f"use `with cupy.cuda.Device({x.device.id}):`, or copy the array"
+            )
+        return cp.ascontiguousarray(x, dtype)
+
+    def _taken(self, x: Any, dtype: str | None) -> Array:
+        """An array of another library, by its interface, or from the host."""
+        if hasattr(x, "__cuda_array_interface__"):
+            return self.cp.asarray(x)
+        if hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == DLPACK_CUDA:
+            return self.cp.from_dlpack(x)
+        host = np.asarray(x, dtype)
+        return self.cp.asarray(np.ascontiguousarray(host, host.dtype.newbyteorder("=")))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array on the current device."""
+        return self.cp.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array of zeros on the current device."""
+        return self.cp.zeros(shape, dtype)
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """A copy of `x` on the host."""
+        copy: npt.NDArray[Any] = self.cp.asnumpy(x)
+        return copy
+
+    def sum_squares(self, x: Array) -> Array:
+        """Σ x², in float64, as an array without dimensions."""
+        result = self.cp.empty((1,), "float64")
+        self.kernels.sum_squares(x, result)()
+        return result.reshape(())
+
+    # Whole steps
+
+    def trainer(self, job: TrainingJob) -> Trainer:
+        """Whole steps as CUDA graphs, for every job."""
+        return StepTrainer(job, self.kernels)
+
+    # Operations
+
+    def _dense_forward(
+        self,
+        a_prev: Array,
+        W: Array,
+        b: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        a: Array,
+        z: Array | None,
+    ) -> None:
+        self.kernels.dense_forward(a_prev, W, b, a, z, activation.name, dropout)()
+
+    def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
+        self.kernels.output_forward(z, a, output_activation)()
+
+    def _output_delta(
+        self,
+        z: Array,
+        target: Array,
+        loss: Loss,
+        output_activation: str,
+        sample_weight: Array | None,
+        delta: Array,
+    ) -> Array:
+        share = None
+        if sample_weight is not None:
+            share = self.cp.empty((len(z),), "float64")
+            self.kernels.shares(sample_weight, share)()
+        C = self.cp.empty((1,), "float64")
+        scratch = self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape))
+        self.kernels.output_delta(z, target, delta, C, loss, output_activation, share=share, scratch=scratch)()
+        return C.reshape(())
+
+    def _dense_backward(
+        self,
+        delta_next: Array,
+        W_next: Array,
+        kept: Array,
+        activation: Activation,
+        dropout: Dropout | None,
+        delta: Array,
+    ) -> None:
+        self.kernels.dense_backward(delta_next, W_next, kept, delta, activation.name, dropout)()
+
+    def _dense_gradients(
+        self,
+        a_prev: Array,
+        delta: Array,
+        W: Array | None,
+        alpha: float,
+        accumulate: bool,
+        dW: Array,
+        db: Array,
+    ) -> None:
+        cp, kernels = self.cp, self.kernels
+        n_in, n_out = dW.shape
+        plan = cuda_plan.parts(len(delta), n_in, n_out, delta.dtype.name, kernels.n_processors)
+        parts_W = cp.empty((plan.n_parts, n_in, n_out), delta.dtype)
+        parts_b = cp.empty((plan.n_parts, n_out), delta.dtype)
+        kernels.dense_gradients(a_prev, delta, parts_W, parts_b, plan)()
+        for parts, out, weights in ((parts_W, dW, W), (parts_b, db, None)):
+            table = cp.asarray(stretches([(out.size, plan.n_parts, weights is not None)]))
+            n_blocks = kernels.parameter_blocks([out.size])
+            kernels.sum_parts(parts, table, n_blocks, weights, out, alpha=alpha, accumulate=accumulate)()
+
+    def _update(
+        self,
+        parameters: Array,
+        gradients: Array,
+        state: Mapping[str, Array],
+        optimizer: Optimizer,
+        learning_rate: float,
+        step: int,
+        n_weights: int,
+    ) -> None:
+        cp, kernels = self.cp, self.kernels
+        counts = [count for count in (n_weights, parameters.size - n_weights) if count]
+        whole = [(count, 1, count == n_weights and i == 0) for i, count in enumerate(counts)]
+        table, n_blocks = cp.asarray(stretches(whole, 1)), kernels.parameter_blocks(counts)
+        gradient_scale = None
+        if optimizer.clip_norm is not None:
+            gradient_scale = cp.empty((1,), "float64")
+            scratch = kernels.scratch(n_blocks)
+            clip = {"clip_norm": optimizer.clip_norm, "gradient_scale": gradient_scale, "scratch": scratch}
+            kernels.sum_parts(gradients, table, n_blocks, None, gradients, **clip)()
+        numbers = step_numbers(optimizer, np.array([learning_rate]), np.zeros(1), step - 1)
+        kernels.update(
+            parameters,
+            [state[slot] for slot in optimizer.slots],
+            gradients,
+            table,
+            n_blocks,
+            optimizer,
+            numbers=cp.asarray(numbers),
+            gradient_scale=gradient_scale,
+            counters=cp.zeros((2,), "uint32"),
+            losses=cp.zeros((1,), "float64"),
+            scratch=kernels.scratch(n_blocks),
+        )()
+
+
+DLPACK_CUDA = 2
+"""kDLCUDA of DLPack's device types."""
+
+BACKEND = CudaBackend

@@ -1,0 +1,377 @@
+"""The kernels of `kernels/cuda/`: compiled as they are needed, and launched; the launch shape of each is here alone.
+
+Every function returns a `Launch`, which runs when it is called, or is captured into a graph. Arrays are C-contiguous
+and on the device; a pointer that may be null takes None.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backprop_gpu.backends import cuda_plan
+from backprop_gpu.backends.contract import Array, Dropout
+from backprop_gpu.backends.cuda_plan import CUDA_TYPES, LAYOUTS, Parts, Tile
+from backprop_gpu.losses import Loss
+from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+
+__all__ = ["STEP_NUMBERS", "Kernels", "Launch", "step_numbers", "stretches"]
+
+THREADS = 128
+"""Threads of a block, in every kernel but the products."""
+
+BLOCK_PARAMETERS = 4 * THREADS
+"""Parameters that a block of `update` or `sum_parts` takes, all of one stretch."""
+
+MOST_BLOCKS = 1024
+"""Of a sum over a whole array."""
+
+STRETCH = ("begin", "count", "parts_begin", "n_parts", "first_block", "is_weights")
+"""Columns of the table of stretches of the flat vector, int64: `Stretch` of update.cu."""
+
+STEP_NUMBERS = ("learning_rate", "alpha", "correction_1", "correction_2", "epsilon")
+"""Columns of the table of what changes from step to step, float64: `StepNumbers` of update.cu."""
+
+NULL = np.uintp(0)
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    threads: int
+    arguments: tuple[Any, ...]
+    shared_bytes: int = 0
+
+    def __call__(self) -> None:
+        """On the current stream."""
+        self.kernel(self.grid, (self.threads,), self.arguments, shared_mem=self.shared_bytes)
+
+
+def blocks_of(n: int, per_block: int) -> int:
+    """Blocks for n of something."""
+    return -(-n // per_block)
+
+
+def struct_of(name: str) -> str:
+    """The C++ struct of an activation or a loss: LeakyRelu for leaky_relu."""
+    return "".join(word.title() for word in name.split("_"))
+
+
+def stretches(counts: list[tuple[int, int, bool]], item_alignment: int = 4) -> Array:
+    """The table of consecutive stretches of the flat vector, given as (count, number of parts, whether weights)."""
+    rows: list[tuple[int, ...]] = []
+    begin = parts_begin = block = 0
+    for count, n_parts, is_weights in counts:
+        rows.append((begin, count, parts_begin, n_parts, block, int(is_weights)))
+        begin += count
+        parts_begin = blocks_of(parts_begin + count * n_parts, item_alignment) * item_alignment
+        block += blocks_of(count, BLOCK_PARAMETERS)
+    return np.array(rows, np.int64)
+
+
+class Kernels:
+    """All kernels for one CuPy, whose current device and stream they run on."""
+
+    def __init__(self, cp: Any) -> None:
+        self.cp = cp
+        self.folder = Path(str(resources.files("backprop_gpu.kernels"))) / "cuda"
+        # CuPy's cache on disk knows a program by its text, and would not notice a changed header.
+        sources = sorted([*self.folder.glob("*.cu"), *self.folder.glob("*.cuh")])
+        self.digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+        self._functions: dict[tuple[int, str], Any] = {}
+
+    def function(self, file: str, expression: str, shared_bytes: int = 0) -> Any:
+        """The kernel of that name from kernels/cuda/, compiled for the current device."""
+        key = (self.cp.cuda.Device().id, expression)
+        if key not in self._functions:
+            module = self.cp.RawModule(
+                code=f'// {self.digest}\n#include "{file}"\n',
+                options=("-std=c++17", f"-I{self.folder}"),
+                name_expressions=(expression,),
+            )
+            function = module.get_function(expression)
+            if shared_bytes > 48 << 10:
+                function.max_dynamic_shared_size_bytes = shared_bytes
+            self._functions[key] = function
+        return self._functions[key]
+
+    @property
+    def n_processors(self) -> int:
+        """Streaming multiprocessors of the current device."""
+        return int(self.cp.cuda.Device().attributes["MultiProcessorCount"])
+
+    def scratch(self, n_blocks: int) -> tuple[Array, Array]:
+        """(of_block, ticket) for a sum over so many blocks; launches that may run at once need one each."""
+        return self.cp.empty((n_blocks,), "float64"), self.cp.zeros((1,), "uint32")
+
+    # Products
+
+    def dense_forward(
+        self,
+        a_prev: Array,
+        W: Array,
+        b: Array,
+        a: Array,
+        z: Array | None,
+        sigma: str,
+        dropout: Dropout | None,
+        steps_done: Array | None = None,
+    ) -> Launch:
+        """a = σ(z), z = a_prev W + b; `steps_done` is a counter on the device that is added to the dropout's step."""
+        (n_rows, n_in), n_out = a_prev.shape, W.shape[1]
+        tile = cuda_plan.tile(n_rows, n_out, n_in, a_prev.dtype.name, self.n_processors)
+        number = CUDA_TYPES[a.dtype.name]
+        name = self._product("dense_forward", tile, a_prev, W, number, struct_of(sigma), dropout)
+        arguments = (a_prev, W, b, a, _or_null(z), *_sizes(n_rows, n_in, n_out), *_dropout(dropout, steps_done))
+        return self._launch_product("dense_forward", name, tile, (n_rows, n_out), arguments)
+
+    def dense_backward(
+        self,
+        delta_next: Array,
+        W_next: Array,
+        kept: Array,
+        delta: Array,
+        sigma: str,
+        dropout: Dropout | None,
+        steps_done: Array | None = None,
+    ) -> Launch:
+        """delta = (delta_next W_nextᵀ) ⊙ σ′."""
+        (n_rows, n_next), n_out = delta_next.shape, W_next.shape[0]
+        tile = cuda_plan.tile(n_rows, n_out, n_next, delta_next.dtype.name, self.n_processors)
+        number = CUDA_TYPES[delta.dtype.name]
+        name = self._product("dense_backward", tile, delta_next, W_next, number, struct_of(sigma), dropout)
+        sizes = _sizes(n_rows, n_next, n_out)
+        arguments = (delta_next, W_next, kept, delta, *sizes, *_dropout(dropout, steps_done))
+        return self._launch_product("dense_backward", name, tile, (n_rows, n_out), arguments)
+
+    def dense_gradients(self, a_prev: Array, delta: Array, dW: Array, db: Array, parts: Parts) -> Launch:
+        """dW (n_parts, n_in, n_out) and db (n_parts, n_out): each part sums over its own rows."""
+        (n_rows, n_in), n_out = a_prev.shape, delta.shape[1]
+        tile = parts.tile
+        name = f"dense_gradients<{tile.expression}, {_access(a_prev)}, {_access(delta)}>"
+        arguments = (a_prev, delta, dW, db, *_sizes(n_rows, n_in, n_out, parts.rows_per_part))
+        return self._launch_product("dense_gradients", name, tile, (n_in, n_out), arguments, parts.n_parts)
+
+    @staticmethod
+    def _product(
+        operation: str, tile: Tile, a: Array, b: Array, output: str, sigma: str, dropout: Dropout | None
+    ) -> str:
+        has_dropout = "false" if dropout is None else "true"
+        return f"{operation}<{sigma}, {tile.expression}, {_access(a)}, {_access(b)}, {output}, {has_dropout}>"
+
+    def _launch_product(
+        self,
+        operation: str,
+        name: str,
+        tile: Tile,
+        shape: tuple[int, int],
+        arguments: tuple[Any, ...],
+        n_parts: int = 1,
+    ) -> Launch:
+        grid = (blocks_of(shape[0], tile.m), blocks_of(shape[1], tile.n), n_parts)
+        shared_bytes = tile.shared_bytes(LAYOUTS[operation])
+        function = self.function(f"{operation}.cu", name, shared_bytes)
+        return Launch(function, grid, tile.threads, arguments, shared_bytes)
+
+    # The output layer
+
+    def output_forward(self, z: Array, a: Array, sigma: str) -> Launch:
+        """a = σ(z), where σ may be softmax or exp."""
+        number = CUDA_TYPES[z.dtype.name]
+        if sigma == "softmax":
+            lanes = _lanes(z.shape[1])
+            function = self.function("output_forward.cu", f"output_softmax<{number}, {lanes}>")
+            grid = (blocks_of(z.shape[0] * lanes, THREADS),)
+            return Launch(function, grid, THREADS, (z, a, *_sizes(*z.shape)))
+        function = self.function("output_forward.cu", f"output_forward<{struct_of(sigma)}, {number}>")
+        return Launch(function, (blocks_of(z.size, 4 * THREADS),), THREADS, (z, a, np.int64(z.size)))
+
+    def output_delta(
+        self,
+        z: Array,
+        target: Array,
+        delta: Array,
+        losses: Array,
+        loss: Loss,
+        sigma: str,
+        *,
+        order: Array | None = None,
+        share: Array | None = None,
+        steps_done: Array | None = None,
+        batch_size: int = 0,
+        delta_scale: Array | None = None,
+        scratch: tuple[Array, Array],
+    ) -> Launch:
+        """δ, and C into losses[steps done]; target and share are of the whole data where there is an order."""
+        n_rows, n_out = z.shape
+        lanes = _lanes(n_out)
+        number, output = CUDA_TYPES[z.dtype.name], CUDA_TYPES[delta.dtype.name]
+        sigma_struct = "Identity" if sigma == "softmax" else struct_of(sigma)
+        name = f"output_delta<{struct_of(loss.name)}, {sigma_struct}, {number}, {output}, {lanes}>"
+        labels, values = (target, NULL) if target.ndim == 1 else (NULL, target)
+        pointers = (labels, values, *(_or_null(x) for x in (order, share, steps_done, delta_scale)))
+        sizes = _sizes(batch_size, n_rows, n_out)
+        arguments = (z, *pointers, delta, losses, *scratch, *sizes, np.float64(_loss_setting(loss)))
+        function = self.function("output_delta.cu", name)
+        return Launch(function, (self.output_delta_blocks(n_rows, n_out),), THREADS, arguments)
+
+    @staticmethod
+    def output_delta_blocks(n_rows: int, n_out: int) -> int:
+        """Blocks of `output_delta`: the length of its scratch."""
+        return blocks_of(n_rows * _lanes(n_out), THREADS)
+
+    def shares(self, weight: Array, share: Array) -> Launch:
+        """Each row's part in the mean with weights."""
+        function = self.function("output_delta.cu", f"shares<{CUDA_TYPES[weight.dtype.name]}>")
+        return Launch(function, (1,), THREADS, (weight, share, np.int32(weight.size)))
+
+    # The flat vector
+
+    @staticmethod
+    def parameter_blocks(counts: list[int]) -> int:
+        """Blocks of `update` and `sum_parts` for stretches of so many parameters."""
+        return sum(blocks_of(count, BLOCK_PARAMETERS) for count in counts)
+
+    def update(
+        self,
+        parameters: Array,
+        slots: list[Array],
+        parts: Array,
+        table: Array,
+        n_blocks: int,
+        optimizer: Optimizer,
+        *,
+        numbers: Array,
+        gradient_scale: Array | None,
+        counters: Array,
+        losses: Array,
+        scratch: tuple[Array, Array],
+    ) -> Launch:
+        """One pass of the optimizer over all parameters; counts the step in both counters."""
+        number = CUDA_TYPES[parameters.dtype.name]
+        struct, settings = _optimizer(optimizer)
+        two_slots = "true" if len(slots) == 2 else "false"
+        function = self.function("update.cu", f"update<{struct}, {number}, {number}, {two_slots}>")
+        slot_1, slot_2 = slots[0], slots[1] if len(slots) == 2 else NULL
+        arguments = (
+            *(parameters, slot_1, slot_2, NULL, parts, table, np.int32(table.shape[0])),
+            *(numbers, _or_null(gradient_scale), *(np.float64(setting) for setting in settings)),
+            *(counters, losses, *scratch),
+        )
+        return Launch(function, (n_blocks,), THREADS, arguments)
+
+    def sum_parts(
+        self,
+        parts: Array,
+        table: Array,
+        n_blocks: int,
+        parameters: Array | None,
+        gradients: Array,
+        *,
+        alpha: float = 0.0,
+        numbers: Array | None = None,
+        steps_done: Array | None = None,
+        accumulate: bool = False,
+        clip_norm: float = math.inf,
+        gradient_scale: Array | None = None,
+        scratch: tuple[Array, Array] | None = None,
+    ) -> Launch:
+        """The gradients in one flat vector, and the factor that clips them where `gradient_scale` is given."""
+        function = self.function("update.cu", f"sum_parts<{CUDA_TYPES[parts.dtype.name]}>")
+        of_block, ticket = scratch or (NULL, NULL)
+        arguments = (
+            *(parts, table, np.int32(table.shape[0]), _or_null(parameters), gradients, np.float64(alpha)),
+            *(_or_null(numbers), _or_null(steps_done), np.int32(accumulate), np.float64(clip_norm)),
+            *(_or_null(gradient_scale), of_block, ticket),
+        )
+        return Launch(function, (n_blocks,), THREADS, arguments)
+
+    def sum_squares(self, x: Array, result: Array) -> Launch:
+        """Σ x² in float64, into result (1,)."""
+        function = self.function("update.cu", f"sum_squares<{CUDA_TYPES[x.dtype.name]}>")
+        n_blocks = min(MOST_BLOCKS, blocks_of(x.size, 8 * THREADS))
+        return Launch(function, (n_blocks,), THREADS, (x, np.int64(x.size), result, *self.scratch(n_blocks)))
+
+    # Rows
+
+    def gather(self, data: Array, order: Array, steps_done: Array, batch: Array, batch_size: int) -> Launch:
+        """batch ← data[order[steps_done · batch_size + i]] for each of its rows i."""
+        name = f"gather<{CUDA_TYPES[data.dtype.name]}, {CUDA_TYPES[batch.dtype.name]}>"
+        arguments = (data, order, steps_done, batch, *_sizes(batch_size, batch.shape[1]))
+        return Launch(self.function("gather.cu", name), (batch.shape[0],), THREADS, arguments)
+
+
+def _or_null(x: Array | None) -> Any:
+    return NULL if x is None else x
+
+
+def _sizes(*sizes: int) -> tuple[Any, ...]:
+    return tuple(np.int32(size) for size in sizes)
+
+
+def _access(x: Array) -> int:
+    """Bytes of an access to a matrix: 16 where every row begins at a multiple of them."""
+    fits = (x.data.ptr | x.shape[1] * x.itemsize) % 16 == 0
+    return 16 if fits else int(x.itemsize)
+
+
+def _lanes(n_out: int) -> int:
+    """Threads that share a row: a power of two, at most a warp, with about four outputs each."""
+    return min(32, 1 << max(0, math.ceil(math.log2(n_out / 4))))
+
+
+def _dropout(dropout: Dropout | None, steps_done: Array | None) -> tuple[Any, ...]:
+    if dropout is None:
+        return (np.uint32(0), np.float64(1), np.float64(1), np.uint64(0), np.uint32(0), np.uint32(0), NULL)
+    return (
+        np.uint32(int(dropout.rate * 2**32)),
+        np.float64(1 - dropout.rate),
+        np.float64(1 / (1 - dropout.rate)),
+        np.uint64(dropout.seed),
+        np.uint32(dropout.layer),
+        np.uint32(dropout.step & 0xFFFFFFFF),
+        _or_null(steps_done),
+    )
+
+
+def _loss_setting(loss: Loss) -> float:
+    return float(getattr(loss, _SETTINGS[loss.name])) if loss.name in _SETTINGS else 0.0
+
+
+_SETTINGS: Mapping[str, str] = {"cross_entropy": "label_smoothing", "huber": "threshold"}
+
+
+def _optimizer(optimizer: Optimizer) -> tuple[str, tuple[float, float, float]]:
+    """The struct of update.cu, and its settings, which do not change from step to step."""
+    if isinstance(optimizer, SGD):
+        return f"Sgd<{'true' if optimizer.nesterov else 'false'}>", (optimizer.momentum, 0.0, 0.0)
+    if isinstance(optimizer, RMSprop):
+        return "RMSprop", (optimizer.decay, 0.0, 0.0)
+    assert isinstance(optimizer, Adam)
+    decay = optimizer.weight_decay if isinstance(optimizer, AdamW) else 0.0
+    return "Adam", (optimizer.beta_1, optimizer.beta_2, decay)
+
+
+def step_numbers(optimizer: Optimizer, learning_rates: Array, alphas: Array, first_step: int) -> Array:
+    """The table of what changes from step to step, (n_steps, len(STEP_NUMBERS)) float64; step numbers from 1."""
+    t = np.arange(first_step + 1, first_step + 1 + len(learning_rates), dtype=np.float64)
+    ones = np.ones_like(t)
+    is_adam = isinstance(optimizer, Adam)
+    return np.stack(
+        [
+            learning_rates,
+            alphas,
+            1 / (1 - optimizer.beta_1**t) if is_adam else ones,
+            1 / (1 - optimizer.beta_2**t) if is_adam else ones,
+            getattr(optimizer, "epsilon", 0.0) * ones,
+        ],
+        axis=1,
+    )
