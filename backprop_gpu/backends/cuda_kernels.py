@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Dropout
@@ -360,18 +361,15 @@ def _optimizer(optimizer: Optimizer) -> tuple[str, tuple[float, float, float]]:
     return "Adam", (optimizer.beta_1, optimizer.beta_2, decay)
 
 
-def step_numbers(optimizer: Optimizer, learning_rates: Array, alphas: Array, first_step: int) -> Array:
-    """The table of what changes from step to step, (n_steps, len(STEP_NUMBERS)) float64; step numbers from 1."""
-    t = np.arange(first_step + 1, first_step + 1 + len(learning_rates), dtype=np.float64)
-    ones = np.ones_like(t)
-    is_adam = isinstance(optimizer, Adam)
-    return np.stack(
-        [
-            learning_rates,
-            alphas,
-            1 / (1 - optimizer.beta_1**t) if is_adam else ones,
-            1 / (1 - optimizer.beta_2**t) if is_adam else ones,
-            getattr(optimizer, "epsilon", 0.0) * ones,
-        ],
-        axis=1,
-    )
+def step_numbers(
+    optimizer: Optimizer, learning_rates: npt.NDArray[np.float64], alphas: npt.NDArray[np.float64], first_step: int
+) -> npt.NDArray[np.float64]:
+    """The table of what changes from step to step, (n_steps, len(STEP_NUMBERS)); the first is update first_step + 1."""
+    numbers = np.ones((len(learning_rates), len(STEP_NUMBERS)))
+    numbers[:, 0], numbers[:, 1] = learning_rates, alphas
+    numbers[:, 4] = getattr(optimizer, "epsilon", 0.0)
+    if isinstance(optimizer, Adam):
+        t = np.arange(first_step + 1, first_step + 1 + len(numbers))
+        numbers[:, 2] = 1 / (1 - optimizer.beta_1**t)
+        numbers[:, 3] = 1 / (1 - optimizer.beta_2**t)
+    return numbers

@@ -108,7 +108,7 @@ def tile(m: int, n: int, k: int, dtype: str, n_processors: int) -> Tile:
         # A processor hides one block's waiting behind another's; alone, a block runs at half the speed.
         overlap = 1 if rounds >= BLOCKS_PER_PROCESSOR else 2
         work = candidate.m * candidate.n / candidate.efficiency
-        return rounds * work * (k * overlap / candidate.slices**0.5 + LATENCY)
+        return rounds * work * (k * overlap / math.sqrt(candidate.slices) + LATENCY)
 
     return min(TILES[dtype], key=duration)
 
@@ -141,7 +141,7 @@ def parts(n_rows: int, n_in: int, n_out: int, dtype: str, n_processors: int) -> 
         rounds = math.ceil(blocks / n_processors)
         overlap = 1 if rounds >= BLOCKS_PER_PROCESSOR else 2
         work = plan.tile.m * plan.tile.n / plan.tile.efficiency
-        product_of_parts = rounds * work * (plan.rows_per_part * overlap / plan.tile.slices**0.5 + LATENCY)
+        product_of_parts = rounds * work * (plan.rows_per_part * overlap / math.sqrt(plan.tile.slices) + LATENCY)
         # Every part is written and read once more: as long as eight multiply-adds for each number.
         return product_of_parts + 8 * plan.n_parts * n_in * n_out / n_processors
 

@@ -5,7 +5,7 @@ What changes from step to step lies in tables on the device, and kernels find th
     counters[0]   steps done in this `run`: the row of the tables, and the place in the order of the epoch
     counters[1]   updates that the network had: the step of the dropout masks
 
-So a captured graph fits every step, the last kernel of a step counts it, and the host waits once, at the end of a `run`.
+So a captured graph fits every step, the last kernel of a step counts it, and the host waits once, when a `run` ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StepTrainer(Trainer):
         self.job, self.kernels, self.cp = job, kernels, kernels.cp
         self.stream = self.cp.cuda.Stream(non_blocking=True)
         self.graphs: dict[tuple[int, int], Any] = {}
-        self.tables: Tables | None = None
+        self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
             self.buffers = Buffers(job, kernels)
             self.data = data_of(job, self.cp)
@@ -53,7 +53,8 @@ class StepTrainer(Trainer):
         share, weights = shares(order, self.job.sample_weight, self.job.batch_size)
         numbers = step_numbers(self.job.optimizer, learning_rates, alphas, first_step)
         with self._memory_told(), self._ordered():
-            tables = self._tables(len(numbers))
+            self._make_room(len(numbers))
+            tables = self.tables
             tables.fill(numbers, order, share, self.job.steps_before + first_step)
             self.data.begin(order, tables.row_order)
             done = self._steps(len(order), len(numbers), after_step)
@@ -91,12 +92,11 @@ class StepTrainer(Trainer):
             self.graphs[key] = self.stream.end_capture()
         return self.graphs[key]
 
-    def _tables(self, n_steps: int) -> Tables:
+    def _make_room(self, n_steps: int) -> None:
         """Tables for so many steps; graphs hold the addresses of the ones that they were captured with."""
-        if self.tables is None or n_steps > self.tables.n_steps:
+        if n_steps > self.tables.n_steps:
             self.graphs.clear()
             self.tables = Tables(self.job, self.cp, n_steps)
-        return self.tables
 
     @contextmanager
     def _ordered(self) -> Iterator[None]:
@@ -117,8 +117,8 @@ class StepTrainer(Trainer):
         except self.cp.cuda.memory.OutOfMemoryError as error:
             free, total = (n / 2**20 for n in self.cp.cuda.Device().mem_info)
             raise MemoryError(
-                f"training with batch_size={self.job.batch_size} takes {Buffers.n_bytes(self.job) / 2**20:.0f} MiB on the "
-                f"GPU beside the data, and {free:.0f} of its {total:.0f} MiB are free ({error}); take a smaller "
+                f"training with batch_size={self.job.batch_size} takes {Buffers.n_bytes(self.job) / 2**20:.0f} MiB of "
+                f"the GPU beside the data, and {free:.0f} of its {total:.0f} MiB are free ({error}); take a smaller "
                 "batch_size, free other arrays (cupy.get_default_memory_pool().free_all_blocks()), or backend='cpu'"
             ) from error
 
@@ -158,7 +158,7 @@ class Tables:
         self.counters.set(np.array([0, updates_before & 0xFFFFFFFF], np.uint32))
         self.numbers[: len(numbers)].set(numbers)
         self.target_order[: len(order)].set(order)
-        if share is not None:
+        if self.share is not None:
             self.share[: len(order)].set(share)
 
 
@@ -188,7 +188,7 @@ class Buffers:
         return int((of_rows + 4 * job.architecture.n_parameters) * job.parameters.dtype.itemsize)
 
     def step(self, n_rows: int, tables: Tables, rows: Array) -> list[Launch]:
-        """The launches of a step with n_rows rows, in their order: 3 L + 2, and one more where gradients are clipped."""
+        """The launches of a step with n_rows rows, in order: 3 L + 2, and one more where gradients are clipped."""
         a, delta = [x[:n_rows] for x in self.a], [x[:n_rows] for x in self.delta]
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
         gradients = Gradients(self.job, self.kernels, n_rows)
@@ -260,7 +260,7 @@ class Buffers:
         """The pass of the optimizer, after the one that clips, if there is one."""
         job, n_blocks = self.job, gradients.n_blocks
         parts, table, launches = gradients.parts, gradients.table, []
-        if self.gradients is not None:
+        if job.optimizer.clip_norm is not None:
             launches.append(
                 self.kernels.sum_parts(
                     parts,
@@ -306,9 +306,8 @@ class Gradients:
         self.begins = [int(begin) for begin in table[:, 2]]
         self.parts = kernels.cp.empty((self.begins[-1] + counts[-1] * n_parts[-1],), dtype)
         self.table = kernels.cp.asarray(table)
-        self.table_of_whole = kernels.cp.asarray(
-            stretches([(n, 1, w) for n, w in zip(counts, are_weights, strict=True)], 1)
-        )
+        whole = [(count, 1, is_weights) for count, is_weights in zip(counts, are_weights, strict=True)]
+        self.table_of_whole = kernels.cp.asarray(stretches(whole, 1))
         self.n_blocks = kernels.parameter_blocks(counts)
 
     def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launch:
