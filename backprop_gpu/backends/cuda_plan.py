@@ -1,22 +1,45 @@
 """Which tile a product takes on a GPU, and in how many parts a batch's gradients are summed: by sizes alone.
 
-The names and numbers here are those of `kernels/cuda/gemm.cuh`. `efficiency` is a tile's speed in multiply-adds, all
-processors busy, relative to the largest one: entries summed per number read from shared memory. Not yet measured.
+The names and sizes here are those of `kernels/cuda/gemm.cuh` and `tensor_cores.cuh`. `efficiency` is a tile's speed in
+multiply-adds while all processors are busy, relative to the largest tile of its dtype: not yet measured, but put down
+from the numbers that it reads from shared memory for each.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-__all__ = ["CUDA_TYPES", "LAYOUTS", "TILES", "Layout", "Parts", "Tile", "parts", "tile"]
+__all__ = ["LAYOUTS", "NUMBERS", "TILES", "Layout", "Number", "Parts", "Tile", "parts", "tile"]
 
-CUDA_TYPES = {"float32": "float", "float64": "double"}
-"""Name in CUDA C++ of the kind of number that the operands of a product have."""
 
-ITEMSIZE = {"float": 4, "double": 8}
+class Number(NamedTuple):
+    """How a dtype is stored where products read it."""
+
+    cuda: str
+    """Its name in CUDA C++."""
+    array: str
+    """The dtype of the arrays that hold it: CuPy has no bfloat16."""
+    oldest_capability: int
+    """The first compute capability whose cores have it."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes."""
+        return {"float": 4, "double": 8}.get(self.cuda, 2)
+
+
+NUMBERS = {
+    "float32": Number("float", "float32", 75),
+    "float64": Number("double", "float64", 75),
+    "tf32": Number("float", "float32", 80),
+    "bfloat16": Number("bfloat16", "uint16", 80),
+    "float16": Number("float16", "uint16", 75),
+}
+"""By the dtype that a network computes in."""
 
 
 class Layout(NamedTuple):
@@ -34,83 +57,149 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One `Math` of the kernels: the tile of C of a block, and how its threads divide it."""
+class Tile(ABC):
+    """One `Math` of the kernels: the m x n tile of C that a block computes, k at a time in a ring of stages."""
 
-    number: str
+    dtype: str
     m: int
     n: int
     k: int
-    rows: int
-    """Entries of C that a thread sums: rows x columns."""
-    columns: int
-    slices: int
     stages: int
     efficiency: float
+    slices = 1
+    """Parts of the block that sum over different k."""
 
     @property
+    @abstractmethod
     def expression(self) -> str:
         """Its type in CUDA C++."""
-        sizes = (self.m, self.n, self.k, self.rows, self.columns, self.slices, self.stages)
-        return f"Simt<{self.number}, {', '.join(map(str, sizes))}>"
 
     @property
+    @abstractmethod
     def threads(self) -> int:
         """Threads of a block."""
-        return self.m // self.rows * (self.n // self.columns) * self.slices
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """In how many parts C goes through shared memory."""
 
     def shared_bytes(self, layout: Layout) -> int:
         """Shared memory of a block: a ring of operand tiles, in which C passes through afterwards."""
-        itemsize = ITEMSIZE[self.number]
+        itemsize = NUMBERS[self.dtype].itemsize
 
         def entries(along: str, mn: int) -> int:
             rows, columns, padding = (mn, self.k, 16 // itemsize) if along == "k" else (self.k, mn, 8)
             return rows * (columns + padding)
 
         ring = self.stages * (entries(layout.a, self.m) + entries(layout.b, self.n)) * itemsize
-        passes = 2 if self.rows * self.columns > 32 else 1
-        return max(ring, self.slices * (self.m // passes) * (self.n + 4) * itemsize)
+        return max(ring, self.slices * (self.m // self.passes) * (self.n + 4) * max(itemsize, 4))
 
     def blocks(self, m: int, n: int) -> int:
         """Tiles in an m x n matrix."""
         return math.ceil(m / self.m) * math.ceil(n / self.n)
 
 
-TILES = {
+@dataclass(frozen=True)
+class SimtTile(Tile):
+    """On the ordinary cores: a thread sums rows x columns entries of C."""
+
+    rows: int
+    columns: int
+    slices: int
+
+    @property
+    def expression(self) -> str:
+        """See `Tile.expression`."""
+        sizes = (self.m, self.n, self.k, self.rows, self.columns, self.slices, self.stages)
+        return f"Simt<{NUMBERS[self.dtype].cuda}, {', '.join(map(str, sizes))}>"
+
+    @property
+    def threads(self) -> int:
+        """See `Tile.threads`."""
+        return self.m // self.rows * (self.n // self.columns) * self.slices
+
+    @property
+    def passes(self) -> int:
+        """See `Tile.passes`."""
+        return 2 if self.rows * self.columns > 32 else 1
+
+
+KINDS = {"tf32": "Tf32", "bfloat16": "Bf16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class TensorTile(Tile):
+    """On the tensor cores: warps_m x warps_n warps."""
+
+    warps_m: int
+    warps_n: int
+
+    @property
+    def expression(self) -> str:
+        """See `Tile.expression`."""
+        sizes = (self.m, self.n, self.k, self.warps_m, self.warps_n, self.stages)
+        return f"TensorCores<{KINDS[self.dtype]}, {', '.join(map(str, sizes))}>"
+
+    @property
+    def threads(self) -> int:
+        """See `Tile.threads`."""
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def passes(self) -> int:
+        """See `Tile.passes`."""
+        return 2 if self.m // self.warps_m * (self.n // self.warps_n) > 1024 else 1
+
+
+def _tensor_tiles(dtype: str, k: int) -> tuple[Tile, ...]:
+    """Tiles of a dtype of which k fill 64 bytes."""
+    return (
+        TensorTile(dtype, 128, 128, k, 3, 1.0, 2, 4),
+        TensorTile(dtype, 64, 64, k, 3, 0.6, 2, 2),
+        TensorTile(dtype, 32, 32, 2 * k, 3, 0.3, 2, 2),
+        TensorTile(dtype, 64, 16, 2 * k, 3, 0.3, 4, 1),
+        TensorTile(dtype, 16, 64, 2 * k, 3, 0.3, 1, 4),
+    )
+
+
+TILES: dict[str, tuple[Tile, ...]] = {
     "float32": (
-        Tile("float", 128, 128, 16, 8, 8, 1, 3, 1.0),
-        Tile("float", 64, 64, 16, 8, 4, 1, 3, 0.7),
-        Tile("float", 32, 32, 32, 4, 4, 4, 3, 0.5),
-        Tile("float", 64, 16, 32, 4, 4, 4, 3, 0.5),
-        Tile("float", 16, 64, 32, 4, 4, 4, 3, 0.5),
+        SimtTile("float32", 128, 128, 16, 3, 1.0, 8, 8, 1),
+        SimtTile("float32", 64, 64, 16, 3, 0.85, 8, 4, 1),
+        SimtTile("float32", 32, 32, 32, 3, 0.6, 4, 4, 4),
+        SimtTile("float32", 64, 16, 32, 3, 0.6, 4, 4, 4),
+        SimtTile("float32", 16, 64, 32, 3, 0.6, 4, 4, 4),
     ),
     "float64": (
-        Tile("double", 64, 64, 16, 4, 4, 1, 3, 1.0),
-        Tile("double", 32, 32, 16, 4, 4, 4, 3, 0.9),
-        Tile("double", 64, 16, 16, 4, 4, 4, 3, 0.9),
-        Tile("double", 16, 64, 16, 4, 4, 4, 3, 0.9),
+        SimtTile("float64", 64, 64, 16, 3, 1.0, 4, 4, 1),
+        SimtTile("float64", 32, 32, 16, 3, 0.9, 4, 4, 4),
+        SimtTile("float64", 64, 16, 16, 3, 0.9, 4, 4, 4),
+        SimtTile("float64", 16, 64, 16, 3, 0.9, 4, 4, 4),
     ),
+    "tf32": _tensor_tiles("tf32", 16),
+    "bfloat16": _tensor_tiles("bfloat16", 32),
+    "float16": _tensor_tiles("float16", 32),
 }
-"""By dtype: a large tile for reuse, smaller and narrow ones for skinny matrices and small batches."""
+"""By dtype: a large tile for reuse, smaller and narrow ones for small batches and skinny matrices."""
 
-LATENCY = 64
-"""What a block costs beyond its multiply-adds, in steps of k: filling the ring, the epilogue."""
+RATES = {"float32": 128, "float64": 64, "tf32": 512, "bfloat16": 1024, "float16": 1024}
+"""Multiply-adds per cycle of a processor: of compute capability 9.0, whose kinds of cores others have in like proportions."""
 
-BLOCKS_PER_PROCESSOR = 2
-"""How many blocks a processor works on side by side."""
+BLOCK_CYCLES, STAGE_CYCLES = 1500, 80
+"""What a block waits beyond its multiply-adds: for its first tiles and its epilogue, and at the barrier of each stage."""
+
+
+def _duration(tile: Tile, n_blocks: int, k: int, n_processors: int) -> float:
+    """About how many cycles n_blocks blocks over k take."""
+    rounds = math.ceil(n_blocks / n_processors)
+    work = rounds * tile.m * tile.n * k / (RATES[tile.dtype] * tile.efficiency)
+    return work + BLOCK_CYCLES + STAGE_CYCLES * math.ceil(k / tile.k)
 
 
 def tile(m: int, n: int, k: int, dtype: str, n_processors: int) -> Tile:
     """The tile with which a GPU of so many processors is done soonest with an m x n product over k."""
-
-    def duration(candidate: Tile) -> float:
-        rounds = math.ceil(candidate.blocks(m, n) / n_processors)
-        # A processor hides one block's waiting behind another's; alone, a block runs at half the speed.
-        overlap = 1 if rounds >= BLOCKS_PER_PROCESSOR else 2
-        work = candidate.m * candidate.n / candidate.efficiency
-        return rounds * work * (k * overlap / math.sqrt(candidate.slices) + LATENCY)
-
-    return min(TILES[dtype], key=duration)
+    return min(TILES[dtype], key=lambda tile: _duration(tile, tile.blocks(m, n), k, n_processors))
 
 
 class Parts(NamedTuple):
@@ -121,29 +210,23 @@ class Parts(NamedTuple):
     rows_per_part: int
 
 
-MOST_ROWS_PER_PART = 1024
-"""Longer float32 sums would cost digits: at 16,384 rows in one, the gradient was off by 2e-6, not 1e-7."""
-
-LEAST_ROWS_PER_PART = 32
+LEAST_ROWS_PER_PART, MOST_ROWS_PER_PART = 32, 1024
+"""Longer float32 sums cost digits: over 16,384 rows in one, the gradient is off by 2e-6, not 1e-7."""
 
 
 def parts(n_rows: int, n_in: int, n_out: int, dtype: str, n_processors: int) -> Parts:
-    """Enough parts to give every processor blocks to work on, each of at least 32 and at most 1024 rows."""
+    """Enough parts to give every processor work, of at least 32 and at most 1024 rows each where there are so many."""
 
-    def divided(candidate: Tile, wanted: int) -> Parts:
-        least = math.ceil(n_rows / MOST_ROWS_PER_PART)
-        n_parts = max(least, min(wanted, math.ceil(n_rows / LEAST_ROWS_PER_PART)))
-        rows = math.ceil(math.ceil(n_rows / n_parts) / candidate.k) * candidate.k
-        return Parts(candidate, math.ceil(n_rows / rows), rows)
+    def divided(tile: Tile, wanted: int) -> Parts:
+        least, most = math.ceil(n_rows / MOST_ROWS_PER_PART), math.ceil(n_rows / LEAST_ROWS_PER_PART)
+        rows = math.ceil(n_rows / max(least, min(wanted, most)))
+        rows = min(math.ceil(rows / tile.k) * tile.k, MOST_ROWS_PER_PART)
+        return Parts(tile, math.ceil(n_rows / rows), rows)
 
     def duration(plan: Parts) -> float:
         blocks = plan.tile.blocks(n_in, n_out) * plan.n_parts
-        rounds = math.ceil(blocks / n_processors)
-        overlap = 1 if rounds >= BLOCKS_PER_PROCESSOR else 2
-        work = plan.tile.m * plan.tile.n / plan.tile.efficiency
-        product_of_parts = rounds * work * (plan.rows_per_part * overlap / math.sqrt(plan.tile.slices) + LATENCY)
-        # Every part is written and read once more: as long as eight multiply-adds for each number.
-        return product_of_parts + 8 * plan.n_parts * n_in * n_out / n_processors
+        # Every part is written once more and read again: 8 bytes for each number, 16 bytes a cycle and processor.
+        moved = plan.n_parts * n_in * n_out / (2 * n_processors)
+        return _duration(plan.tile, blocks, plan.rows_per_part, n_processors) + moved
 
-    wanted = [1, 2, 4, 8, 16, 32, 64]
-    return min((divided(t, p) for t, p in product(TILES[dtype], wanted)), key=duration)
+    return min((divided(tile, n) for tile, n in product(TILES[dtype], (1, 2, 4, 8, 16, 32, 64))), key=duration)

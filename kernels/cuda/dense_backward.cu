@@ -3,7 +3,7 @@
 // Grid: (row tiles, column tiles) of (n_rows, n_out). Overwrites delta.
 #include "activations.cuh"
 #include "dropout.cuh"
-#include "gemm.cuh"
+#include "tensor_cores.cuh"
 
 template <class Sigma, class Math, int DELTA_BYTES, int W_BYTES, class Output, bool DROPOUT>
 __global__ void __launch_bounds__(Math::THREADS)

@@ -3,7 +3,7 @@
 // Grid: (tiles of n_in, tiles of n_out, parts of the batch). Part p sums over rows [p rows_per_part, ...) and overwrites
 // dW[p] and db[p]; `update`, or `sum_parts`, adds the parts in their order. db comes from the tiles of delta that the blocks
 // of the first tile of n_in have in shared memory anyway.
-#include "gemm.cuh"
+#include "tensor_cores.cuh"
 
 // Sums the columns of the tiles of delta that pass by: GROUPS threads a column, each over every GROUPS-th row.
 template <class Math, int STRIDE>
