@@ -1,0 +1,124 @@
+"""The emulated device: its settings, memory and counters, and the streams that its work goes through."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .memory import Allocation, DeviceMemory
+
+__all__ = ["SCHEDULES", "CUDARuntimeError", "Counters", "EmulationError", "Emulator", "Operation", "OutOfMemoryError"]
+
+SCHEDULES = ("forward", "reverse", "shuffled", "warps", "warps_reversed")
+"""Orders in which threads and blocks run; "warps" lets one warp go as far as it can before the next."""
+
+SHARED_MEMORY = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99}
+"""Most shared memory of a block by compute capability, in KiB (CUDA C++ Programming Guide, technical specifications)."""
+
+ERRORS = {
+    1: ("cudaErrorInvalidValue", "invalid argument"),
+    101: ("cudaErrorInvalidDevice", "invalid device ordinal"),
+    400: ("cudaErrorInvalidResourceHandle", "invalid resource handle"),
+    900: ("cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"),
+    901: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"),
+    904: ("cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"),
+    905: ("cudaErrorStreamCaptureIsolation", "dependency created on uncaptured work in another stream"),
+    906: ("cudaErrorStreamCaptureImplicit", "operation would make the legacy stream depend on a capturing blocking stream"),
+    907: ("cudaErrorCapturedEvent", "operation not permitted on an event last recorded in a capturing stream"),
+}
+
+
+class EmulationError(RuntimeError):
+    """A kernel, or the way in which it was launched, is wrong."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """What the CUDA runtime would have answered; `status` is its number."""
+
+    def __init__(self, status: int, detail: str = "") -> None:
+        self.status = status
+        name, description = ERRORS[status]
+        super().__init__(f"{name}: {description}" + (f" ({detail})" if detail else ""))
+
+
+class OutOfMemoryError(MemoryError):
+    """The device has not that much memory."""
+
+    def __init__(self, size: int, total: int, limit: int = 0) -> None:
+        self._size, self._total, self._limit = size, total, limit
+        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,} bytes).")
+
+
+@dataclass
+class Counters:
+    """What has happened since the last `reset`."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    """Kernels that ran, by name, those that a graph replayed among them."""
+    direct_launches: Counter[str] = field(default_factory=Counter)
+    """Kernels that the host launched one by one, by name; not those that it recorded."""
+    graph_launches: int = 0
+    captures: int = 0
+    synchronisations: int = 0
+    """Times that the host waited for the device."""
+    allocations: int = 0
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+    bytes_on_device: int = 0
+    """Copied from device memory to device memory, other than by kernels."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Work for a stream. `run` holds addresses, not allocations; who keeps the operation keeps `allocations`, or not."""
+
+    name: str
+    run: Callable[[], None]
+    allocations: tuple[Allocation, ...] = ()
+
+
+class Emulator:
+    """One emulated device; `cp.emulator` in tests."""
+
+    def __init__(
+        self, *, checked: bool, schedules: Sequence[str], compute_capability: str, late: bool, step_limit: int, seed: int
+    ) -> None:
+        if unknown := set(schedules) - set(SCHEDULES):
+            raise ValueError(f"schedules are {', '.join(SCHEDULES)}; got {', '.join(sorted(unknown))}")
+        if compute_capability not in SHARED_MEMORY:
+            raise ValueError(f"compute_capability is one of {', '.join(SHARED_MEMORY)}; got {compute_capability!r}")
+        self.checked = checked
+        self.schedules = tuple(schedules)
+        self.compute_capability = compute_capability
+        self.late = late
+        self.step_limit = step_limit
+        self.seed = seed
+        self.memory_size = 80 << 30
+        """Bytes of memory that the device claims to have; tests lower it."""
+        self.memory = DeviceMemory(checked=checked)
+        self.counters = Counters()
+        self.pinned: list[weakref.ref] = []
+        from .streams import Streams  # which needs what is above
+
+        self.streams = Streams(self)
+
+    Error = EmulationError
+
+    @property
+    def max_shared_memory(self) -> int:
+        """Most shared memory that a block can ask for, in bytes."""
+        return SHARED_MEMORY[self.compute_capability] << 10
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        self.counters = Counters()
+
+    def allocate(self, nbytes: int) -> Allocation:
+        """New device memory, within what the device has."""
+        self.streams.forbid_while_capturing("an allocation of device memory")
+        if self.memory.used + nbytes > self.memory_size:
+            raise OutOfMemoryError(nbytes, self.memory.used)
+        self.counters.allocations += 1
+        return self.memory.allocate(nbytes)
