@@ -110,7 +110,12 @@ class Backend(ABC):
     """The operations of one backend; stateless, so one instance serves every network."""
 
     name: ClassVar[str]
-    dtypes: ClassVar[tuple[str, ...]]
+    dtypes: tuple[str, ...]
+    """What it computes in, on this machine."""
+
+    def computing_in(self, dtype: str) -> Backend:
+        """The operations as a network of `dtype` needs them: where it is narrower than its arrays, products differ."""
+        return self
 
     # Arrays
 

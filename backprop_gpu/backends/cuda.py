@@ -16,6 +16,7 @@ from backprop_gpu.activations import Activation
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Backend, Dropout, Trainer, TrainingJob
 from backprop_gpu.backends.cuda_kernels import Kernels, step_numbers, stretches
+from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_step import StepTrainer
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import Optimizer
@@ -66,11 +67,25 @@ class CudaBackend(Backend):
     """Compiled by NVRTC as it is needed, and kept on disk by CuPy."""
 
     name: ClassVar[str] = "cuda"
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
 
-    def __init__(self, cp: Any = None) -> None:
+    def __init__(self, cp: Any = None, dtype: str | None = None) -> None:
         self.cp = cp or _cupy()
         self.kernels = Kernels(self.cp)
+        self.dtype = dtype
+        capability = int(self.cp.cuda.Device().compute_capability)
+        self.dtypes = tuple(name for name, number in NUMBERS.items() if capability >= number.oldest_capability)
+
+    def computing_in(self, dtype: str) -> CudaBackend:
+        """Products of tf32, bfloat16 or float16: operands rounded to it, sums and all else in float32."""
+        return self if dtype in ("float32", "float64") else CudaBackend(self.cp, dtype)
+
+    def _operand(self, x: Array) -> Array:
+        """`x` as products read it."""
+        if self.dtype is None or NUMBERS[self.dtype].array == x.dtype.name:
+            return x
+        narrow = self.cp.empty(x.shape, NUMBERS[self.dtype].array)
+        self.kernels.convert(x, narrow, self.dtype)()
+        return narrow
 
     # Arrays
 
@@ -136,7 +151,8 @@ class CudaBackend(Backend):
         a: Array,
         z: Array | None,
     ) -> None:
-        self.kernels.dense_forward(a_prev, W, b, a, z, activation.name, dropout)()
+        a_prev, W, dtype = self._operand(a_prev), self._operand(W), self.dtype or a_prev.dtype.name
+        self.kernels.dense_forward(a_prev, W, b, a, z, activation.name, dropout, dtype=dtype)()
 
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
         self.kernels.output_forward(z, a, output_activation)()
@@ -156,7 +172,8 @@ class CudaBackend(Backend):
             self.kernels.shares(sample_weight, share)()
         C = self.cp.empty((1,), "float64")
         scratch = self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape))
-        self.kernels.output_delta(z, target, delta, C, loss, output_activation, share=share, scratch=scratch)()
+        settings = {"share": share, "scratch": scratch, "dtype": z.dtype.name}
+        self.kernels.output_delta(z, target, delta, C, loss, output_activation, **settings)()
         return C.reshape(())
 
     def _dense_backward(
@@ -168,7 +185,8 @@ class CudaBackend(Backend):
         dropout: Dropout | None,
         delta: Array,
     ) -> None:
-        self.kernels.dense_backward(delta_next, W_next, kept, delta, activation.name, dropout)()
+        delta_next, W_next, dtype = self._operand(delta_next), self._operand(W_next), self.dtype or delta.dtype.name
+        self.kernels.dense_backward(delta_next, W_next, kept, delta, activation.name, dropout, dtype=dtype)()
 
     def _dense_gradients(
         self,
@@ -182,10 +200,10 @@ class CudaBackend(Backend):
     ) -> None:
         cp, kernels = self.cp, self.kernels
         n_in, n_out = dW.shape
-        plan = cuda_plan.parts(len(delta), n_in, n_out, delta.dtype.name, kernels.n_processors)
-        parts_W = cp.empty((plan.n_parts, n_in, n_out), delta.dtype)
-        parts_b = cp.empty((plan.n_parts, n_out), delta.dtype)
-        kernels.dense_gradients(a_prev, delta, parts_W, parts_b, plan)()
+        plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.n_processors)
+        parts_W = cp.empty((plan.n_parts, n_in, n_out), dW.dtype)
+        parts_b = cp.empty((plan.n_parts, n_out), dW.dtype)
+        kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan)()
         for parts, out, weights in ((parts_W, dW, W), (parts_b, db, None)):
             table = cp.asarray(stretches([(out.size, plan.n_parts, weights is not None)]))
             n_blocks = kernels.parameter_blocks([out.size])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Dropout
-from backprop_gpu.backends.cuda_plan import CUDA_TYPES, LAYOUTS, Parts, Tile
+from backprop_gpu.backends.cuda_plan import LAYOUTS, NUMBERS, Parts, Tile
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -125,12 +125,13 @@ class Kernels:
         sigma: str,
         dropout: Dropout | None,
         steps_done: Array | None = None,
+        *,
+        dtype: str,
     ) -> Launch:
         """a = σ(z), z = a_prev W + b; `steps_done` is a counter on the device that is added to the dropout's step."""
         (n_rows, n_in), n_out = a_prev.shape, W.shape[1]
-        tile = cuda_plan.tile(n_rows, n_out, n_in, a_prev.dtype.name, self.n_processors)
-        number = CUDA_TYPES[a.dtype.name]
-        name = self._product("dense_forward", tile, a_prev, W, number, struct_of(sigma), dropout)
+        tile = cuda_plan.tile(n_rows, n_out, n_in, dtype, self.n_processors)
+        name = self._product("dense_forward", tile, a_prev, W, _number(a, dtype), struct_of(sigma), dropout)
         arguments = (a_prev, W, b, a, _or_null(z), *_sizes(n_rows, n_in, n_out), *_dropout(dropout, steps_done))
         return self._launch_product("dense_forward", name, tile, (n_rows, n_out), arguments)
 
@@ -143,11 +144,13 @@ class Kernels:
         sigma: str,
         dropout: Dropout | None,
         steps_done: Array | None = None,
+        *,
+        dtype: str,
     ) -> Launch:
         """delta = (delta_next W_nextᵀ) ⊙ σ′."""
         (n_rows, n_next), n_out = delta_next.shape, W_next.shape[0]
-        tile = cuda_plan.tile(n_rows, n_out, n_next, delta_next.dtype.name, self.n_processors)
-        number = CUDA_TYPES[delta.dtype.name]
+        tile = cuda_plan.tile(n_rows, n_out, n_next, dtype, self.n_processors)
+        number = _number(delta, dtype)
         name = self._product("dense_backward", tile, delta_next, W_next, number, struct_of(sigma), dropout)
         sizes = _sizes(n_rows, n_next, n_out)
         arguments = (delta_next, W_next, kept, delta, *sizes, *_dropout(dropout, steps_done))
@@ -186,7 +189,7 @@ class Kernels:
 
     def output_forward(self, z: Array, a: Array, sigma: str) -> Launch:
         """a = σ(z), where σ may be softmax or exp."""
-        number = CUDA_TYPES[z.dtype.name]
+        number = _number(z)
         if sigma == "softmax":
             lanes = _lanes(z.shape[1])
             function = self.function("output_forward.cu", f"output_softmax<{number}, {lanes}>")
@@ -210,11 +213,12 @@ class Kernels:
         batch_size: int = 0,
         delta_scale: Array | None = None,
         scratch: tuple[Array, Array],
+        dtype: str,
     ) -> Launch:
         """δ, and C into losses[steps done]; target and share are of the whole data where there is an order."""
         n_rows, n_out = z.shape
         lanes = _lanes(n_out)
-        number, output = CUDA_TYPES[z.dtype.name], CUDA_TYPES[delta.dtype.name]
+        number, output = _number(z), _number(delta, dtype)
         sigma_struct = "Identity" if sigma == "softmax" else struct_of(sigma)
         name = f"output_delta<{struct_of(loss.name)}, {sigma_struct}, {number}, {output}, {lanes}>"
         labels, values = (target, NULL) if target.ndim == 1 else (NULL, target)
@@ -231,7 +235,7 @@ class Kernels:
 
     def shares(self, weight: Array, share: Array) -> Launch:
         """Each row's part in the mean with weights."""
-        function = self.function("output_delta.cu", f"shares<{CUDA_TYPES[weight.dtype.name]}>")
+        function = self.function("output_delta.cu", f"shares<{_number(weight)}>")
         return Launch(function, (1,), THREADS, (weight, share, np.int32(weight.size)))
 
     # The flat vector
@@ -255,15 +259,18 @@ class Kernels:
         counters: Array,
         losses: Array,
         scratch: tuple[Array, Array],
+        copy: Array | None = None,
+        dtype: str = "",
     ) -> Launch:
-        """One pass of the optimizer over all parameters; counts the step in both counters."""
-        number = CUDA_TYPES[parameters.dtype.name]
+        """One pass of the optimizer over all parameters, and their narrow copy; counts the step in both counters."""
+        number = _number(parameters)
         struct, settings = _optimizer(optimizer)
         two_slots = "true" if len(slots) == 2 else "false"
-        function = self.function("update.cu", f"update<{struct}, {number}, {number}, {two_slots}>")
+        narrow = number if copy is None else _number(copy, dtype)
+        function = self.function("update.cu", f"update<{struct}, {number}, {narrow}, {two_slots}>")
         slot_1, slot_2 = slots[0], slots[1] if len(slots) == 2 else NULL
         arguments = (
-            *(parameters, slot_1, slot_2, NULL, parts, table, np.int32(table.shape[0])),
+            *(parameters, slot_1, slot_2, _or_null(copy), parts, table, np.int32(table.shape[0])),
             *(numbers, _or_null(gradient_scale), *(np.float64(setting) for setting in settings)),
             *(counters, losses, *scratch),
         )
@@ -283,31 +290,44 @@ class Kernels:
         accumulate: bool = False,
         clip_norm: float = math.inf,
         gradient_scale: Array | None = None,
+        loss_scale: Array | None = None,
         scratch: tuple[Array, Array] | None = None,
     ) -> Launch:
         """The gradients in one flat vector, and the factor that clips them where `gradient_scale` is given."""
-        function = self.function("update.cu", f"sum_parts<{CUDA_TYPES[parts.dtype.name]}>")
+        function = self.function("update.cu", f"sum_parts<{_number(parts)}>")
         of_block, ticket = scratch or (NULL, NULL)
         arguments = (
             *(parts, table, np.int32(table.shape[0]), _or_null(parameters), gradients, np.float64(alpha)),
             *(_or_null(numbers), _or_null(steps_done), np.int32(accumulate), np.float64(clip_norm)),
-            *(_or_null(gradient_scale), of_block, ticket),
+            *(_or_null(gradient_scale), _or_null(loss_scale), of_block, ticket),
         )
         return Launch(function, (n_blocks,), THREADS, arguments)
 
     def sum_squares(self, x: Array, result: Array) -> Launch:
         """Σ x² in float64, into result (1,)."""
-        function = self.function("update.cu", f"sum_squares<{CUDA_TYPES[x.dtype.name]}>")
+        function = self.function("update.cu", f"sum_squares<{_number(x)}>")
         n_blocks = min(MOST_BLOCKS, blocks_of(x.size, 8 * THREADS))
         return Launch(function, (n_blocks,), THREADS, (x, np.int64(x.size), result, *self.scratch(n_blocks)))
 
     # Rows
 
-    def gather(self, data: Array, order: Array, steps_done: Array, batch: Array, batch_size: int) -> Launch:
+    def gather(
+        self, data: Array, order: Array, steps_done: Array, batch: Array, batch_size: int, *, dtype: str
+    ) -> Launch:
         """batch ← data[order[steps_done · batch_size + i]] for each of its rows i."""
-        name = f"gather<{CUDA_TYPES[data.dtype.name]}, {CUDA_TYPES[batch.dtype.name]}>"
+        name = f"gather<{_number(data)}, {_number(batch, dtype)}>"
         arguments = (data, order, steps_done, batch, *_sizes(batch_size, batch.shape[1]))
         return Launch(self.function("gather.cu", name), (batch.shape[0],), THREADS, arguments)
+
+    def convert(self, x: Array, y: Array, dtype: str) -> Launch:
+        """y ← x in its own kind of number."""
+        function = self.function("gather.cu", f"convert<{_number(x, dtype)}, {_number(y, dtype)}>")
+        return Launch(function, (blocks_of(x.size, 4 * THREADS),), THREADS, (x, y, np.int64(x.size)))
+
+
+def _number(x: Array, dtype: str = "") -> str:
+    """What the array holds, in CUDA C++: 16-bit arrays hold numbers of the dtype that is computed in."""
+    return NUMBERS[dtype if x.dtype.name == "uint16" else x.dtype.name].cuda
 
 
 def _or_null(x: Array | None) -> Any:

@@ -184,10 +184,10 @@ TILES: dict[str, tuple[Tile, ...]] = {
 """By dtype: a large tile for reuse, smaller and narrow ones for small batches and skinny matrices."""
 
 RATES = {"float32": 128, "float64": 64, "tf32": 512, "bfloat16": 1024, "float16": 1024}
-"""Multiply-adds per cycle of a processor: of compute capability 9.0, whose kinds of cores others have in like proportions."""
+"""Multiply-adds per cycle of a processor of compute capability 9.0; others have their cores in like proportions."""
 
 BLOCK_CYCLES, STAGE_CYCLES = 1500, 80
-"""What a block waits beyond its multiply-adds: for its first tiles and its epilogue, and at the barrier of each stage."""
+"""What a block waits beside its multiply-adds: for its first tiles and its epilogue, and at each stage's barrier."""
 
 
 def _duration(tile: Tile, n_blocks: int, k: int, n_processors: int) -> float:

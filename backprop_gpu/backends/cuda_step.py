@@ -10,6 +10,7 @@ So a captured graph fits every step, the last kernel of a step counts it, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -22,11 +23,15 @@ from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, TrainingJob
 from backprop_gpu.backends.cuda_data import data_of
 from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, step_numbers, stretches
+from backprop_gpu.backends.cuda_plan import NUMBERS
 
 __all__ = ["StepTrainer"]
 
 STEPS_PER_GRAPH = 8
 """Steps in one graph where there are as many, so that they cost one launch. Not yet measured."""
+
+FIRST_LOSS_SCALE = 2.0**15
+"""What float16's δ are multiplied by at first; it adapts (`LossScale` of update.cu)."""
 
 
 class StepTrainer(Trainer):
@@ -55,6 +60,7 @@ class StepTrainer(Trainer):
         with self._memory_told(), self._ordered():
             self._make_room(len(numbers))
             tables = self.tables
+            self.buffers.begin()
             tables.fill(numbers, order, share, self.job.steps_before + first_step)
             self.data.begin(order, tables.row_order)
             done = self._steps(len(order), len(numbers), after_step)
@@ -168,18 +174,28 @@ class Buffers:
     def __init__(self, job: TrainingJob, kernels: Kernels) -> None:
         self.job, self.kernels = job, kernels
         cp, sizes, N, dtype = kernels.cp, job.architecture.layer_sizes, job.batch_size, job.parameters.dtype
-        self.W, self.b = job.architecture.views(job.parameters)
-        self.a = [cp.empty((N, n), dtype) for n in sizes[:-1]]  # a[0] is X
+        operand = NUMBERS[job.dtype].array
+        self.a = [cp.empty((N, n), operand) for n in sizes[:-1]]  # a[0] is X
         self.z = [
-            cp.empty((N, n), dtype) if activation.derivative_from == "z" else None
+            cp.empty((N, n), operand) if activation.derivative_from == "z" else None
             for n, activation in zip(sizes[1:-1], job.architecture.activations, strict=True)
         ]
         self.z_out = cp.empty((N, sizes[-1]), dtype)
-        self.delta = [cp.empty((N, n), dtype) for n in sizes[1:]]
+        self.delta = [cp.empty((N, n), operand) for n in sizes[1:]]
         self.target = cp.asarray(job.target)
-        self.gradients = self.gradient_scale = None
-        if job.optimizer.clip_norm is not None:  # which needs the whole gradient before the first parameter changes
-            self.gradients, self.gradient_scale = cp.empty(job.parameters.shape, dtype), cp.empty((1,), "float64")
+        self.copy = None if operand == dtype else cp.empty(job.parameters.shape, operand)
+        self.W, _ = job.architecture.views(job.parameters if self.copy is None else self.copy)
+        _, self.b = job.architecture.views(job.parameters)
+        self.loss_scale = cp.asarray(np.array([FIRST_LOSS_SCALE, 0.0])) if job.dtype == "float16" else None
+        # Clipping, and leaving a step out, need the whole gradient before the first parameter changes.
+        self.whole_gradient = job.optimizer.clip_norm is not None or self.loss_scale is not None
+        self.gradients = cp.empty(job.parameters.shape, dtype) if self.whole_gradient else None
+        self.gradient_scale = cp.empty((1,), "float64") if self.whole_gradient else None
+
+    def begin(self) -> None:
+        """A run begins: the parameters may have changed since the last one."""
+        if self.copy is not None:
+            self.kernels.convert(self.job.parameters, self.copy, self.job.dtype)()
 
     @staticmethod
     def n_bytes(job: TrainingJob) -> int:
@@ -188,11 +204,15 @@ class Buffers:
         return int((of_rows + 4 * job.architecture.n_parameters) * job.parameters.dtype.itemsize)
 
     def step(self, n_rows: int, tables: Tables, rows: Array) -> list[Launch]:
-        """The launches of a step with n_rows rows, in order: 3 L + 2, and one more where gradients are clipped."""
+        """The launches of a step with n_rows rows, in order: 3 L + 2, and one more to clip or to scale gradients."""
         a, delta = [x[:n_rows] for x in self.a], [x[:n_rows] for x in self.delta]
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
         gradients = Gradients(self.job, self.kernels, n_rows)
-        launches = [self.kernels.gather(rows, tables.row_order, tables.counters, a[0], self.job.batch_size)]
+        launches = [
+            self.kernels.gather(
+                rows, tables.row_order, tables.counters, a[0], self.job.batch_size, dtype=self.job.dtype
+            )
+        ]
         launches += self._forward(a, z, z_out, tables)
         launches.append(self._output_delta(z_out, delta[-1], tables))
         for layer in reversed(range(self.job.architecture.n_layers)):
@@ -213,10 +233,12 @@ class Buffers:
                 self._sigma(layer),
                 self._dropout(layer),
                 tables.counters[1:],
+                dtype=self.job.dtype,
             )
             for layer in range(len(z))
         ]
-        return [*hidden, forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None)]
+        output = forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None, dtype=self.job.dtype)
+        return [*hidden, output]
 
     def _backward(
         self, layer: int, a: list[Array], z: list[Array | None], delta: list[Array], tables: Tables
@@ -231,6 +253,7 @@ class Buffers:
             self._sigma(below),
             self._dropout(below),
             tables.counters[1:],
+            dtype=self.job.dtype,
         )
 
     def _sigma(self, layer: int) -> str:
@@ -253,6 +276,8 @@ class Buffers:
             share=tables.share,
             steps_done=tables.counters,
             batch_size=self.job.batch_size,
+            delta_scale=self.loss_scale,
+            dtype=self.job.dtype,
             scratch=self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape)),
         )
 
@@ -260,7 +285,7 @@ class Buffers:
         """The pass of the optimizer, after the one that clips, if there is one."""
         job, n_blocks = self.job, gradients.n_blocks
         parts, table, launches = gradients.parts, gradients.table, []
-        if job.optimizer.clip_norm is not None:
+        if self.whole_gradient:
             launches.append(
                 self.kernels.sum_parts(
                     parts,
@@ -270,7 +295,8 @@ class Buffers:
                     self.gradients,
                     numbers=tables.numbers,
                     steps_done=tables.counters,
-                    clip_norm=job.optimizer.clip_norm,
+                    clip_norm=math.inf if job.optimizer.clip_norm is None else job.optimizer.clip_norm,
+                    loss_scale=self.loss_scale,
                     gradient_scale=self.gradient_scale,
                     scratch=self.kernels.scratch(n_blocks),
                 )
@@ -287,6 +313,8 @@ class Buffers:
             gradient_scale=self.gradient_scale,
             counters=tables.counters,
             losses=tables.losses,
+            copy=self.copy,
+            dtype=job.dtype,
             scratch=self.kernels.scratch(n_blocks),
         )
         return [*launches, update]
@@ -298,7 +326,7 @@ class Gradients:
     def __init__(self, job: TrainingJob, kernels: Kernels, n_rows: int) -> None:
         self.kernels = kernels
         shapes, dtype = list(pairwise(job.architecture.layer_sizes)), job.parameters.dtype
-        self.plans = [cuda_plan.parts(n_rows, *shape, dtype.name, kernels.n_processors) for shape in shapes]
+        self.plans = [cuda_plan.parts(n_rows, *shape, job.dtype, kernels.n_processors) for shape in shapes]
         n_parts = [plan.n_parts for plan in self.plans]
         counts = [n_in * n_out for n_in, n_out in shapes] + [n_out for _, n_out in shapes]
         are_weights = [True] * len(shapes) + [False] * len(shapes)

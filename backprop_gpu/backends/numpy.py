@@ -35,7 +35,7 @@ class NumpyBackend(Backend):
     """The readable reference; runs wherever NumPy does."""
 
     name: ClassVar[str] = "numpy"
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
+    dtypes: tuple[str, ...] = ("float32", "float64")
 
     def asarray(self, x: Any, dtype: str | None = None) -> Array:
         """`x` as a C-contiguous NumPy array."""

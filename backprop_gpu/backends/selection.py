@@ -63,7 +63,7 @@ def select(name: str, dtype: str | None = None) -> tuple[Backend, str]:
         if refusal is None:
             reason = "; ".join(["the first that works here", *refusals])
             logger.info("backend %s: %s", status.name, reason)
-            return _instance(status.name), reason
+            return _computing_in(status.name, dtype), reason
         refusals.append(f"{status.name}: {refusal}")
     raise ValueError(f"no backend of this machine computes in {dtype} ({'; '.join(refusals)})")
 
@@ -75,7 +75,12 @@ def _named(name: str, dtype: str | None) -> Backend:
     refusal = _dtype_refusal(name, dtype)
     if refusal is not None:
         raise ValueError(f"backend {name!r} {refusal}")
-    return _instance(name)
+    return _computing_in(name, dtype)
+
+
+def _computing_in(name: str, dtype: str | None) -> Backend:
+    backend = _instance(name)
+    return backend if dtype is None else backend.computing_in(dtype)
 
 
 @cache

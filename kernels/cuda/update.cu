@@ -134,14 +134,33 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
     }
 }
 
-// The gradients as one flat vector, (accumulate: what was there +) their parts + alpha W; and, where asked for, the factor
-// that scales them down to a norm of clip_norm, NaN where the norm is not finite.
+// float16 has too small a range for most delta, so output_delta multiplies them by a scale, and the gradients are divided by
+// it. Where one overflowed, the step is left out and the scale halved; after so many steps without, it is doubled.
+constexpr double STEPS_UNTIL_DOUBLED = 2000;
+
+struct LossScale {
+    double scale, steps_since;
+
+    // Takes in whether all gradients were finite; says the same.
+    __device__ __forceinline__ bool adapt(bool finite) {
+        steps_since = finite ? steps_since + 1 : 0;
+        if (!finite) scale /= 2;
+        if (steps_since == STEPS_UNTIL_DOUBLED) {
+            scale *= 2;
+            steps_since = 0;
+        }
+        return finite;
+    }
+};
+
+// The gradients as one flat vector, (accumulate: what was there +) their parts / loss scale + alpha W; and, where asked for,
+// the factor that scales them down to a norm of clip_norm: NaN where the norm is not finite, or with a loss scale, -1.
 template <class T>
 __global__ void __launch_bounds__(UPDATE_THREADS)
     sum_parts(const T* __restrict__ parts, const Stretch* __restrict__ table, int n_stretches,
               const T* __restrict__ parameters, T* __restrict__ gradients, double alpha,
               const StepNumbers* __restrict__ numbers, const unsigned* __restrict__ steps_done, int accumulate,
-              double clip_norm, double* __restrict__ gradient_scale,
+              double clip_norm, double* __restrict__ gradient_scale, LossScale* __restrict__ loss_scale,
               double* __restrict__ of_block, unsigned* __restrict__ ticket) {
     const Stretch stretch = stretch_of_block(table, n_stretches);
     const Place place(stretch);
@@ -151,7 +170,9 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
         if (numbers) alpha = numbers[*steps_done].alpha;
         T g[4];
         sum_of_parts(parts, stretch, place, g);
+        const T unscale = T(loss_scale ? 1 / loss_scale->scale : 1.0);
         for (int j = 0; j < place.n; ++j) {
+            g[j] *= unscale;
             if (accumulate) g[j] += gradients[i + j];
             if (stretch.is_weights && alpha != 0) g[j] += T(alpha) * parameters[i + j];
             gradients[i + j] = g[j];
@@ -162,7 +183,9 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
     double all;
     if (grid_sum<UPDATE_THREADS>(squares, of_block, ticket, all)) {
         const double norm = sqrt(all);
-        *gradient_scale = norm <= clip_norm ? 1.0 : norm - norm == 0 ? clip_norm / norm : norm - norm;
+        const bool finite = norm - norm == 0;
+        *gradient_scale = norm <= clip_norm ? 1.0 : finite ? clip_norm / norm : norm - norm;
+        if (loss_scale && !loss_scale->adapt(finite)) *gradient_scale = -1;
     }
 }
 

@@ -100,7 +100,9 @@ class ndarray:  # noqa: N801 -- CuPy's name
         elif isinstance(value, int | float | bool | np.generic):
             self._submit("a fill", lambda: np.copyto(target, value, "unsafe"), target)
         else:
-            raise TypeError(f"device arrays are set from device arrays and scalars; got {type(value)}: use cupy.asarray")
+            raise TypeError(
+                f"device arrays are set from device arrays and scalars; got {type(value)}: use cupy.asarray"
+            )
 
     def fill(self, value: Any) -> None:
         self[...] = value
@@ -125,14 +127,18 @@ class ndarray:  # noqa: N801 -- CuPy's name
 
     # To and from the host
 
-    def get(self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True) -> np.ndarray:
+    def get(
+        self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True
+    ) -> np.ndarray:
         streams = self._emulator.streams
         stream = stream or streams.current
         streams.forbid_while_capturing("a copy to the host", stream)
         if out is None:
             out = np.empty(self.shape, self.dtype, order)
         elif out.dtype != self.dtype or out.shape != self.shape or not out.flags.c_contiguous:
-            raise ValueError(f"out must be a C-contiguous array of {self.shape} {self.dtype}; got {out.shape} {out.dtype}")
+            raise ValueError(
+                f"out must be a C-contiguous array of {self.shape} {self.dtype}; got {out.shape} {out.dtype}"
+            )
         self._emulator.counters.bytes_to_host += self.nbytes
         view = self._view
         streams.submit(Operation("a copy to the host", lambda: np.copyto(out, view), (self._allocation,)), stream)
@@ -200,7 +206,9 @@ def _basic(key: Any) -> tuple[Any, ...]:
     """The key as a tuple, without a trailing ellipsis (which callers add, so that NumPy returns views, never scalars)."""
     keys = key if isinstance(key, tuple) else (key,)
     for part in keys:
-        if not (part is None or part is Ellipsis or isinstance(part, slice | int | np.integer)) or isinstance(part, bool):
+        if not (part is None or part is Ellipsis or isinstance(part, slice | int | np.integer)) or isinstance(
+            part, bool
+        ):
             raise IndexError(f"cuda_on_cpu has basic slicing only (integers, slices, ..., None); got {part!r}")
     if sum(part is Ellipsis for part in keys) == 1:
         return _without_ellipsis(keys)

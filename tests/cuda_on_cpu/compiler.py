@@ -190,7 +190,9 @@ _KNOWN_OPTIONS = re.compile(
 )
 
 
-def build(code: str, options: Sequence[str], names: Sequence[str], *, checked: bool, arch: str) -> tuple[Path, list[str]]:
+def build(
+    code: str, options: Sequence[str], names: Sequence[str], *, checked: bool, arch: str
+) -> tuple[Path, list[str]]:
     """The shared object of a module, built unless it is on disk, and the names of its kernels in their order."""
     include_paths, defines = _parse(options)
     source = rewrite(read_source(code, include_paths))

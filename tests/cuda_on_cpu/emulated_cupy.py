@@ -18,7 +18,20 @@ from .memory import PinnedMemory
 
 __all__ = ["emulated"]
 
-DTYPES = ("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
+DTYPES = (
+    "bool_",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, DEFAULT = range(5)  # cudaMemcpyKind
 
@@ -278,5 +291,3 @@ def _pinned_at(emulator: Emulator, address: int, size: int) -> PinnedMemory | No
         if memory is not None and memory.ptr <= address and address + size <= memory.ptr + len(memory):
             return memory
     return None
-
-

@@ -25,7 +25,10 @@ ERRORS = {
     901: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"),
     904: ("cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"),
     905: ("cudaErrorStreamCaptureIsolation", "dependency created on uncaptured work in another stream"),
-    906: ("cudaErrorStreamCaptureImplicit", "operation would make the legacy stream depend on a capturing blocking stream"),
+    906: (
+        "cudaErrorStreamCaptureImplicit",
+        "operation would make the legacy stream depend on a capturing blocking stream",
+    ),
     907: ("cudaErrorCapturedEvent", "operation not permitted on an event last recorded in a capturing stream"),
 }
 
@@ -83,7 +86,14 @@ class Emulator:
     """One emulated device; `cp.emulator` in tests."""
 
     def __init__(
-        self, *, checked: bool, schedules: Sequence[str], compute_capability: str, late: bool, step_limit: int, seed: int
+        self,
+        *,
+        checked: bool,
+        schedules: Sequence[str],
+        compute_capability: str,
+        late: bool,
+        step_limit: int,
+        seed: int,
     ) -> None:
         if unknown := set(schedules) - set(SCHEDULES):
             raise ValueError(f"schedules are {', '.join(SCHEDULES)}; got {', '.join(sorted(unknown))}")

@@ -82,7 +82,12 @@ class RawModule:
         name_expressions: Sequence[str] = (),
         backend: str = "nvrtc",
     ) -> None:
-        self.code, self.options, self.name_expressions, self.backend = code, tuple(options), tuple(name_expressions), backend
+        self.code, self.options, self.name_expressions, self.backend = (
+            code,
+            tuple(options),
+            tuple(name_expressions),
+            backend,
+        )
         self._kernels: dict[str, RawKernel] | None = None
 
     def compile(self, log_stream: Any = None) -> None:
@@ -102,7 +107,9 @@ class RawModule:
     def get_function(self, name: str) -> RawKernel:
         self.compile()
         if name not in self._kernels:
-            raise CUDADriverError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name}; there are {', '.join(self._kernels)})")
+            raise CUDADriverError(
+                f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name}; there are {', '.join(self._kernels)})"
+            )
         return self._kernels[name]
 
 
@@ -160,7 +167,9 @@ class _Parameter:
         if isinstance(value, bool | int | float):  # as CuPy does: bool, int64, float64
             value = np.asarray(value)[()]
         if isinstance(value, np.ndarray) and value.size != 1:
-            raise TypeError(f"a numpy.ndarray of shape {value.shape} where an array must be on the device: use cupy.asarray")
+            raise TypeError(
+                f"a numpy.ndarray of shape {value.shape} where an array must be on the device: use cupy.asarray"
+            )
         if not isinstance(value, np.generic | np.ndarray):
             raise TypeError(f"Unsupported type {type(value)}")
         matches = value.dtype == self.dtype if self.dtype is not None else value.dtype.itemsize == self.size
@@ -212,7 +221,8 @@ class RawKernel:
         if stream._capture is None:
             emulator.counters.direct_launches[self.name] += 1
         emulator.streams.submit(
-            Operation(self.name, lambda: self._run(grid, block, arguments, shared_mem, options), arguments.allocations), stream
+            Operation(self.name, lambda: self._run(grid, block, arguments, shared_mem, options), arguments.allocations),
+            stream,
         )
 
     def _pack(self, args: Sequence[Any]) -> _Arguments:
@@ -227,7 +237,7 @@ class RawKernel:
                     values.append(address.to_bytes(8, "little"))
                     arrays.append((address, value.nbytes, i, parameter.read_only))
                     allocations.append(value._allocation)
-                elif value is None and parameter.pointer:
+                elif parameter.pointer and (value is None or (isinstance(value, np.uintp) and value == 0)):
                     values.append(bytes(8))
                 else:
                     values.append(parameter.pack_value(value))

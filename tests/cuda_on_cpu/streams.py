@@ -121,7 +121,9 @@ class Stream:
     _streams: Streams  # set in the subclass that each emulator has
     null: Stream
 
-    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None) -> None:
+    def __init__(
+        self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None
+    ) -> None:
         if null or ptds:
             raise EmulationError("write Stream.null for the null stream")
         self._set_up(self._streams, non_blocking, next(_handles))
@@ -279,7 +281,9 @@ class _Recorded:
 
     def run(self) -> None:
         if any(memory() is None for memory in self._memory):
-            raise EmulationError(f"a graph replays {self._name}, but memory that it uses has been freed since the capture")
+            raise EmulationError(
+                f"a graph replays {self._name}, but memory that it uses has been freed since the capture"
+            )
         self._run()
 
 
