@@ -408,7 +408,7 @@ def _reported_as_divergence() -> np.errstate:
 
 
 def _finite(net: MLP, total: float) -> bool:
-    return bool(np.isfinite(total) and np.isfinite(net.ops.sum_squares(net.parameters)))
+    return bool(np.isfinite(total) and np.isfinite(float(net.ops.sum_squares(net.parameters))))
 
 
 def _what_diverged(total: float) -> str:
