@@ -231,8 +231,9 @@ def _build_module(text: str, flags: list[str], target: Path) -> None:
         source, module = Path(folder) / "module.cpp", Path(folder) / "module.so"
         source.write_text(text)
         _run(["g++", *flags, "-c", str(source), "-o", f"{source}.o"])
-        # No -fsanitize here: the call-outs are answered by our own run-time.
-        _run(["g++", "-shared", "-o", str(module), f"{source}.o", str(runtime()), "-Wl,-z,now"])
+        # No -fsanitize here: the call-outs are answered by our own run-time. -Bsymbolic, or a kernel of the name `sync`
+        # would be the C library's.
+        _run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(module), f"{source}.o", str(runtime())])
         os.replace(module, target)
 
 

@@ -354,7 +354,8 @@ void cuda_on_cpu_collective(unsigned mask, Collective work, void* mine, Site sit
   current->work = work;
   current->payload = mine;
   void* lanes[32] = {};
-  for (size_t i = 0; i < lanes_in_warp; ++i) {
+  for (size_t step = 1; step <= 32; ++step) {  // from the next lane on, which has most likely not arrived
+    const size_t i = (lane + step) % 32;
     if (!(mask >> i & 1)) continue;
     Fiber& other = fibers[first + i];
     if (other.state != IN_WARP_OPERATION || other.mask != mask || other.work != work) return yield();
