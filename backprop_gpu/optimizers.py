@@ -7,7 +7,8 @@ learning rate, t the step's number from 1.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from backprop_gpu import schedules
@@ -67,12 +68,15 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     """Adam (Kingma & Ba, 2015): m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − η m̂ / (√v̂ + ε).
 
-    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) are the bias-corrected moments.
+    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) are the bias-corrected moments. With `epsilon_hat`, ε is the ε̂ of the
+    paper's section 2 and of scikit-learn, which is added to √v, before the correction:
+    w ← w − η √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε̂). That is the formula above with `epsilon_at(t)` for its ε.
     """
 
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-8
+    epsilon_hat: bool = field(default=False, kw_only=True)
 
     slots: ClassVar[tuple[str, ...]] = ("m", "v")
 
@@ -81,6 +85,10 @@ class Adam(Optimizer):
         fraction("beta_1", self.beta_1)
         fraction("beta_2", self.beta_2)
         positive("epsilon", self.epsilon)
+
+    def epsilon_at(self, step: int) -> float:
+        """What update `step`, from 1, adds to √v̂: ε, or with `epsilon_hat` ε / √(1 − β₂ᵗ), as √v̂ = √v / √(1 − β₂ᵗ)."""
+        return self.epsilon / math.sqrt(1 - self.beta_2**step) if self.epsilon_hat else self.epsilon
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def gradient(backend, dtype, X, y, sizes):
     trainer, _ = trainer_of(net, X, y, len(X), bp.SGD(clip_norm=1e30))  # for which the whole gradient is kept
     run(trainer, len(X), len(X))
     flat = np.empty_like(net.parameters)
-    step.store(trainer.layers, trainer.memory.gradients[0], flat)
+    step.store(0, 1, trainer.layers, trainer.memory.gradients[0], flat)
     return flat
 
 
@@ -290,3 +290,108 @@ def test_dropout_of_the_operations_is_the_contracts():
     actual, expected = (x.dense_forward(a, W, b, "tanh", dropout=dropout)[0] for x in (ops, reference))
     assert_same(actual, expected, "float64")
     assert np.array_equal(actual == 0, expected == 0)
+
+
+# From run to run
+
+
+def padding(trainer):
+    """Which entries of the packed parameters are none of the network's."""
+    used = np.zeros_like(trainer.memory.parameters)
+    step.load(0, 1, trainer.layers, np.ones_like(trainer.job.parameters), used)
+    return used == 0
+
+
+@pytest.mark.parametrize("split_rows", [True, False])
+@pytest.mark.parametrize("optimizer", [bp.AdamW(clip_norm=0.5), bp.RMSprop()], ids=["clipped", "not clipped"])
+def test_the_padding_of_every_vector_stays_zero(split_rows, optimizer, monkeypatch):
+    """Else the penalty, and so the loss, counts weights that the network does not have."""
+    sizes = [37, 102, 91]  # of more blocks than a thread's buffer holds, with narrow ones late
+    plan = cpu_plan.Plan(2, 2 * panels.BLOCK_ROWS, split_rows)
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
+    X, y = draw(331, sizes)
+    totals = {}
+    for backend in ("numpy", "cpu"):
+        trainer, _ = trainer_of(network(backend, sizes=sizes, activation="sigmoid"), X, y, 83, optimizer)
+        totals[backend] = [run(trainer, 331, 83, alpha=1.0) for _ in range(3)]
+    assert totals["cpu"] == pytest.approx(totals["numpy"], rel=RTOL["float64"])
+    unused = padding(trainer)
+    assert unused.any()
+    for vector in (trainer.memory.parameters, trainer.memory.slot_1, trainer.memory.slot_2):
+        assert not vector[unused[: vector.size]].any()
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+@pytest.mark.parametrize("sizes", [[8, 64, 64, 2], [37, 300, 250, 5]], ids=["packed by one", "packed by all"])
+def test_many_runs_that_put_parameters_back_are_the_references(sizes, threads, monkeypatch, tmp_path):
+    """Every epoch packs and unpacks: early stopping, callbacks and checkpoints change the vectors in between."""
+    monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", threads)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((400, sizes[0]))
+    y = np.column_stack([X[:, 0] * X[:, 1], np.sin(X[:, 2]), *X.T[: sizes[-1] - 2]])
+
+    def halve(net, history):
+        if len(history) % 7 == 3:
+            net.W[1][...] *= 0.5
+
+    results = {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend, sizes=sizes, activation=["silu", "tanh"], loss=bp.Huber(1.0), dropout=0.05, alpha=1e-3)
+        settings = {
+            "batch_size": 64,
+            "optimizer": bp.AdamW(5e-3, clip_norm=1.0),
+            "validation_fraction": 0.2,
+            "early_stopping": bp.EarlyStopping(patience=3),
+            "callbacks": [halve],
+            "checkpoint": tmp_path / backend,
+        }
+        net.fit(X, y, epochs=9, **settings)
+        net.parameters[...] = 0  # the checkpoint has them
+        history = net.fit(X, y, epochs=20, **settings)
+        results[backend] = (net.parameters, history["loss"], history["val_r2"])
+    for actual, expected in zip(results["cpu"], results["numpy"], strict=True):
+        assert_same(np.array(actual), np.array(expected), "float64")
+
+
+@pytest.mark.parametrize("sizes", [[9, 7, 3], [129, 300, 250, 5]])
+def test_vectors_that_are_not_aligned_are_trained_in_place(sizes):
+    X, y = draw(60, sizes)
+    parameters = {}
+    for aligned in (True, False):
+        net = network("cpu", sizes=sizes)
+        if not aligned:
+            raw = np.zeros(net.parameters.nbytes + 1, np.uint8)
+            odd = raw[1:].view(np.float64)
+            odd[...] = net.parameters
+            net._bind(odd)
+            assert not net.parameters.flags.aligned
+        run(trainer_of(net, X, y, 20, bp.Adam())[0], 60, 20)
+        parameters[aligned] = np.array(net.parameters)
+    assert np.array_equal(parameters[True], parameters[False])
+
+
+def test_large_memory_is_zeroed_aligned_and_a_processs_own():
+    for n_bytes in (1, 1000, cpu_plan.HUGE_PAGE // 4, 3 * cpu_plan.HUGE_PAGE + 5):
+        x = cpu_plan.zeros(n_bytes)
+        assert x.shape == (n_bytes,)
+        assert x.ctypes.data % cpu_plan.ALIGNMENT == 0
+        assert not x.any()
+        x[...] = 1
+
+
+PRIVATE = """
+import os
+from backprop_gpu.backends.cpu_plan import zeros
+x = zeros(1 << 22)
+if os.fork() == 0:
+    x[...] = 1
+    os._exit(0)
+os.wait()
+print(x.any())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_writes_to_memory_of_its_own():
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", PRIVATE], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "False\n", result.stderr

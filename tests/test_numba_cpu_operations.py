@@ -393,6 +393,7 @@ OPTIMIZERS = {
     "nesterov": bp.SGD(momentum=0.8, nesterov=True),
     "adam": bp.Adam(),
     "adam-other-settings": bp.Adam(beta_1=0.5, beta_2=0.9, epsilon=1e-3),
+    "adam-epsilon-hat": bp.Adam(epsilon=1e-3, epsilon_hat=True),
     "adamw": bp.AdamW(weight_decay=0.3),
     "rmsprop": bp.RMSprop(decay=0.8),
 }

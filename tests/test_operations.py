@@ -294,6 +294,9 @@ def sgd(o, w, g, s, rate, step):
 def adam(o, w, g, s, rate, step):
     s["m"] = o.beta_1 * s["m"] + (1 - o.beta_1) * g
     s["v"] = o.beta_2 * s["v"] + (1 - o.beta_2) * g**2
+    if o.epsilon_hat:  # the order of computation at the end of section 2 of the paper
+        alpha_t = rate * math.sqrt(1 - o.beta_2**step) / (1 - o.beta_1**step)
+        return w - alpha_t * s["m"] / (math.sqrt(s["v"]) + o.epsilon)
     m_hat, v_hat = s["m"] / (1 - o.beta_1**step), s["v"] / (1 - o.beta_2**step)
     return w - rate * m_hat / (math.sqrt(v_hat) + o.epsilon)
 
@@ -325,7 +328,9 @@ OPTIMIZER_CASES = [
     bp.SGD(momentum=0.9),
     bp.SGD(momentum=0.9, nesterov=True),
     bp.Adam(beta_1=0.0, beta_2=0.9, epsilon=1e-2),
+    bp.Adam(epsilon=1e-2, epsilon_hat=True),
     bp.AdamW(beta_1=0.5, weight_decay=0.5),
+    bp.AdamW(epsilon=1e-2, epsilon_hat=True, clip_norm=2.0),
     bp.AdamW(weight_decay=0.0),
     bp.RMSprop(decay=0.5, epsilon=0.1),
     *(optimizer(clip_norm=2.0) for optimizer in OPTIMIZERS.values()),

@@ -349,6 +349,8 @@ def test_the_same_optimizer_written_otherwise_is_the_same(tmp_path, X, y):
     make_net().fit(X, y, epochs=2, checkpoint=tmp_path / "run", optimizer=bp.Adam(bp.Constant(1e-3)))
     with pytest.raises(ValueError, match=r"another optimizer \(\{'beta_1': 0.9\}, now \{'beta_1': 0.5\}\)"):
         make_net().fit(X, y, epochs=2, checkpoint=tmp_path / "run", optimizer=bp.Adam(1e-3, beta_1=0.5))
+    with pytest.raises(ValueError, match=r"another optimizer .*'epsilon_hat': True"):
+        make_net().fit(X, y, epochs=2, checkpoint=tmp_path / "run", optimizer=bp.Adam(1e-3, epsilon_hat=True))
 
 
 def test_notes_that_cannot_be_written_are_refused_before_the_first_epoch(tmp_path, X, y):

@@ -65,6 +65,7 @@ OPTIMIZERS = {
     "nesterov": bp.SGD(0.05, momentum=0.9, nesterov=True),
     "adam": bp.Adam(0.01),
     "adamw": bp.AdamW(0.01, weight_decay=0.1),
+    "epsilon hat": bp.Adam(0.01, epsilon=1e-2, epsilon_hat=True),
     "rmsprop": bp.RMSprop(0.01, clip_norm=0.5),
     "decaying": bp.Adam(bp.ExponentialDecay(0.02, every=3)),
 }

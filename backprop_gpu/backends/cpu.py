@@ -53,7 +53,7 @@ class CpuBackend(NumpyBackend):
         plan = cpu_plan.for_inference(architecture, len(X), X.dtype.name, threading.available())
         layout = cpu_plan.Layout(architecture, plan, len(X), X.dtype.name)
         record, memory = layout.record(architecture), layout.memory()
-        step.load(layout.layers, plain(parameters), memory, memory.parameters, False)
+        step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
         x, flat = plain(X), _flat(z)
         threading.run(plan.n_threads, lambda thread: step.infer(thread, record, layout.layers, x, memory, flat))
         return z

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,6 +26,8 @@ Record = npt.NDArray[Any]
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector."""
+
+HUGE_PAGE = 2 << 20
 
 TILE_BYTES = 256 << 10
 """What a tile may take of a core's cache, with a and δ of every layer."""
@@ -158,28 +162,45 @@ class Layout:
 
     def memory(self, n_slots: int = 0, *, training: bool = False) -> Memory:
         """Everything that a pass writes, zeroed; what only training needs is empty without it."""
-        threads = self.plan.n_threads
+        threads, plan = self.plan.n_threads, self.plan
         n_gradients = self._span(self.n_parameters) if training else 0
-        slot_1, slot_2 = (self._zeros(self.n_parameters * (n_slots > slot)) for slot in range(2))
-        return Memory(
-            parameters=self._zeros(self.n_parameters),
-            transposed=self._zeros(self.n_transposed * training),
-            slot_1=slot_1,
-            slot_2=slot_2,
-            gradients=self._zeros(threads * n_gradients).reshape(threads, n_gradients),
-            passes=self._zeros(self._span(self.n_passes) * (threads if self.plan.split_rows else 1)),
-            scratch=self._zeros(self._span(self.n_scratch) * threads),
-            zeros=self._zeros(self.panel),
-            norms=np.zeros((threads, 8)),
-        )
+        sizes = {
+            "parameters": self.n_parameters,
+            "transposed": self.n_transposed * training,
+            "slot_1": self.n_parameters * (n_slots > 0),
+            "slot_2": self.n_parameters * (n_slots > 1),
+            "gradients": threads * n_gradients,
+            "passes": self._span(self.n_passes) * (threads if plan.split_rows else 1),
+            "scratch": self._span(self.n_scratch) * threads,
+            "zeros": self.panel,
+        }
+        spans = [self._span(n) for n in sizes.values()]
+        whole = zeros(sum(spans) * self.dtype.itemsize).view(self.dtype)
+        starts = np.cumsum([0, *spans])
+        arrays = {name: whole[start : start + n] for (name, n), start in zip(sizes.items(), starts, strict=False)}
+        arrays["gradients"] = arrays["gradients"].reshape(threads, n_gradients)
+        return Memory(**arrays, norms=np.zeros((threads, 8)))
 
     def _span(self, n: int) -> int:
-        """From one thread's part to the next: whole cache lines, and no multiple of a page, which caches dislike."""
+        """From one part to the next: whole cache lines, and no multiple of a page, which caches dislike."""
         line = ALIGNMENT // self.dtype.itemsize
         return int(round_up(n, line)) + line
 
-    def _zeros(self, n: int) -> npt.NDArray[Any]:
-        """An aligned vector."""
-        raw = np.zeros(n * self.dtype.itemsize + ALIGNMENT, np.uint8)
+
+def zeros(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed memory from a cache line's start on, in huge pages where the system has them and the size is worth it.
+
+    Scattered small pages collide in a core's cache: the same run of network M took 0.30 ms a step in one process and
+    0.46 ms in the next.
+    """
+    if n_bytes < HUGE_PAGE // 4 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        raw = np.zeros(n_bytes + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
-        return raw[start : start + n * self.dtype.itemsize].view(self.dtype)
+        return raw[start : start + n_bytes]
+    # Private: the default would be shared with forked processes.
+    pages = mmap.mmap(-1, round_up(n_bytes, HUGE_PAGE) + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # the system has none
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(pages, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    return whole[start : start + n_bytes]

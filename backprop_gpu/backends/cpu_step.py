@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 SECONDS_PER_CALL = 0.1
 """How long the compiled steps run before they return to Python, for the progress bar and Ctrl-C."""
 
+PARAMETERS_FOR_A_TEAM = 1 << 16
+"""So many are packed and unpacked on all threads: fewer take less time than a thread takes to start."""
+
 BYTES_PER_CALL = 64 << 20
 """Rows made dense for one call, of data that is not in memory as it is needed."""
 
@@ -70,6 +73,7 @@ class StepTrainer(Trainer):
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
         self.layers = layout.layers
+        self.packers = self.plan.n_threads if layout.n_parameters >= PARAMETERS_FOR_A_TEAM else 1
         self.record = layout.record(job.architecture, job.optimizer, job.batch_size, job.seed)
         self.memory = layout.memory(len(job.optimizer.slots), training=True)
 
@@ -116,12 +120,26 @@ class StepTrainer(Trainer):
         return Batches(plain(x), plain(labels), plain(values), plain(order), share)
 
     def _load(self) -> None:
-        for flat, packed in self._vectors():
-            step.load(self.layers, plain(flat), self.memory, packed, packed is self.memory.parameters)
+        vectors = [(plain(flat), packed) for flat, packed in self._vectors()]
+
+        def pack(thread: int) -> None:
+            for flat, packed in vectors:
+                step.load(thread, self.packers, self.layers, flat, packed)
+
+        threads.run(self.packers, pack)
+        threads.run(self.packers, lambda thread: step.transpose(thread, self.packers, self.layers, self.memory))
 
     def _store(self) -> None:
-        for flat, packed in self._vectors():
-            step.store(self.layers, packed, flat)
+        vectors = [(flat, plain(flat), packed) for flat, packed in self._vectors()]
+
+        def unpack(thread: int) -> None:
+            for _, flat, packed in vectors:
+                step.store(thread, self.packers, self.layers, packed, flat)
+
+        threads.run(self.packers, unpack)
+        for flat, unpacked, _ in vectors:
+            if not np.shares_memory(flat, unpacked):  # an array that is not aligned
+                flat[...] = unpacked
 
     def _vectors(self) -> list[tuple[Array, Array]]:
         """Each flat vector of the job, with its packed form."""

@@ -407,7 +407,7 @@ def sgd(w: Array, g: Array, state: Mapping[str, Array], o: SGD, rate: float, ste
 
 
 def adam(w: Array, g: Array, state: Mapping[str, Array], o: Adam, rate: float, step: int, n_weights: int) -> None:
-    """m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − η m̂ / (√v̂ + ε)."""
+    """m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − η m̂ / (√v̂ + ε), with ε of this step."""
     m, v = state["m"], state["v"]
     m *= o.beta_1
     m += (1 - o.beta_1) * g
@@ -415,7 +415,7 @@ def adam(w: Array, g: Array, state: Mapping[str, Array], o: Adam, rate: float, s
     v += (1 - o.beta_2) * g * g
     m_hat = m * (1 / (1 - o.beta_1**step))
     v_hat = v * (1 / (1 - o.beta_2**step))
-    w -= rate * m_hat / (np.sqrt(v_hat) + o.epsilon)
+    w -= rate * m_hat / (np.sqrt(v_hat) + o.epsilon_at(step))
 
 
 def adamw(w: Array, g: Array, state: Mapping[str, Array], o: AdamW, rate: float, step: int, n_weights: int) -> None:

@@ -45,10 +45,10 @@ def gather_row(row, tile, start, stride):
 
 
 @compiled
-def pack(flat, flat_start, n_rows, n_columns, packed, start, stride):
-    """A row-major matrix into panels; padding is left as it is."""
+def pack(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, stride):
+    """One thread's panels of a row-major matrix; padding is left as it is."""
     panel = panel_width(packed)
-    for p in range((n_columns + panel - 1) // panel):
+    for p in range(thread, (n_columns + panel - 1) // panel, n_threads):
         column = p * panel
         for r in range(n_rows):
             count = min(panel, n_columns - column)
@@ -56,10 +56,10 @@ def pack(flat, flat_start, n_rows, n_columns, packed, start, stride):
 
 
 @compiled
-def unpack(packed, start, stride, n_rows, n_columns, flat, flat_start):
+def unpack(thread, n_threads, packed, start, stride, n_rows, n_columns, flat, flat_start):
     """The inverse of `pack`."""
     panel = panel_width(packed)
-    for p in range((n_columns + panel - 1) // panel):
+    for p in range(thread, (n_columns + panel - 1) // panel, n_threads):
         column = p * panel
         for r in range(n_rows):
             count = min(panel, n_columns - column)

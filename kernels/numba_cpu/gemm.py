@@ -134,6 +134,14 @@ class _Block:
                 self.add_to(c)
             with overwriting:
                 self.write(c)
+                self.clear_rest(c)
+
+    def clear_rest(self, c: Any) -> None:
+        """0 in the vectors of C's panel that are none of this block's: the padding of a gradient has to be 0."""
+        vectors = self.vectors
+        for i in range(len(self.sums)):
+            for v in range(vectors.n_vectors, VECTORS):
+                vectors.store(vectors.zero, vectors.pointer(c, i * vectors.panel + v * vectors.lanes))
 
     def write(self, c: Any) -> None:
         """Overwrite C."""
@@ -294,7 +302,8 @@ def gemm_nn(
 def gemm_tn_block(a, a_start, b, b_start, c, c_start, depth, n_columns, accumulate):
     """One block of C = Aᵀ B: BLOCK_ROWS columns of A, from a_start on, by one panel of B with n_columns in use.
 
-    Overwrites the block at c_start, or adds to it. Sums over `depth` rows in one go: keep that to a tile.
+    Overwrites the block at c_start, its padding with 0, or adds to it. Sums over `depth` rows in one go: keep that to
+    a tile.
     """
     if n_columns <= panel_width(a) // VECTORS:
         _block_tn_narrow(a, a_start, b, b_start, c, c_start, depth, accumulate)

@@ -30,7 +30,7 @@ from backprop_gpu.kernels.numba_cpu.output_delta import output_delta
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
 
-__all__ = ["infer", "load", "store", "train"]
+__all__ = ["infer", "load", "store", "train", "transpose"]
 
 GROUP = 32
 """Blocks of which the gradient is computed before they are updated: few enough to stay in a core's cache."""
@@ -71,7 +71,7 @@ def infer(thread, plan, layers, x, memory, z):
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
         hidden_layers(here, layers, memory, whole_blocks(rows), at, at_tile, 0, -1)
-        unpack(memory.passes, layer.a + at, here.stride, rows, layer.n_out, z, row * layer.n_out)
+        unpack(0, 1, memory.passes, layer.a + at, here.stride, rows, layer.n_out, z, row * layer.n_out)
 
 
 @compiled
@@ -337,30 +337,39 @@ def update_range(plan, memory, settings, row, start, stop, shift, learning_rate,
 
 
 @entry_point
-def load(layers, flat, memory, packed, transpose):
-    """A flat vector (all W, then all b) into its packed form; with `transpose`, Wᵀ too."""
+def load(thread, n_threads, layers, flat, packed):
+    """One thread's panels of a flat vector (all W, then all b) into its packed form."""
+    flat, packed = borrowed(flat), borrowed(packed)
     at = 0
     for index in range(layers.size):
         layer = layers[index]
-        pack(flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
+        pack(thread, n_threads, flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
         at += layer.n_in * layer.n_out
-        if transpose and index > 0:
-            transpose_blocks(layer, memory, 0, blocks_in(layer, memory))
     for index in range(layers.size):
         layer = layers[index]
-        pack(flat, at, 1, layer.n_out, packed, layer.b, panel_width(packed))
+        pack(thread, n_threads, flat, at, 1, layer.n_out, packed, layer.b, panel_width(packed))
         at += layer.n_out
 
 
 @entry_point
-def store(layers, packed, flat):
+def transpose(thread, n_threads, layers, memory):
+    """One thread's part of Wᵀ of every layer but the first."""
+    memory = borrowed_memory(memory)
+    for index in range(1, layers.size):
+        blocks = blocks_in(layers[index], memory)
+        transpose_blocks(layers[index], memory, thread * blocks // n_threads, (thread + 1) * blocks // n_threads)
+
+
+@entry_point
+def store(thread, n_threads, layers, packed, flat):
     """The inverse of `load`."""
+    flat, packed = borrowed(flat), borrowed(packed)
     at = 0
     for index in range(layers.size):
         layer = layers[index]
-        unpack(packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
+        unpack(thread, n_threads, packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
         at += layer.n_in * layer.n_out
     for index in range(layers.size):
         layer = layers[index]
-        unpack(packed, layer.b, panel_width(packed), 1, layer.n_out, flat, at)
+        unpack(thread, n_threads, packed, layer.b, panel_width(packed), 1, layer.n_out, flat, at)
         at += layer.n_out

@@ -37,7 +37,7 @@ def _settings(optimizer: Optimizer) -> list[float]:
             return [optimizer.momentum, optimizer.nesterov]
         case Adam():
             decay = optimizer.weight_decay if isinstance(optimizer, AdamW) else 0
-            return [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, decay]
+            return [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, decay, optimizer.epsilon_hat]
         case RMSprop():
             return [optimizer.decay, optimizer.epsilon]
     raise TypeError(
@@ -112,12 +112,15 @@ def adam(
 ) -> None:
     """m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w(1 − η · decay) − η m̂ / (√v̂ + ε).
 
-    The bias correction of m joins the constant η, so an element takes one root and one division.
+    The bias correction of m joins the constant η, so an element takes one root and one division. ε is `Adam.epsilon_at`
+    this step.
     """
-    beta_1, beta_2, epsilon, decay = settings[0], settings[1], settings[2], settings[3]
+    beta_1, beta_2, epsilon, decay, epsilon_hat = settings[0], settings[1], settings[2], settings[3], settings[4] != 0
     real = w.dtype.type
     beta_m, gain_m, beta_v, gain_v = real(beta_1), real(1 - beta_1), real(beta_2), real(1 - beta_2)
     rate, correction = learning_rate / (1 - math.pow(beta_1, step)), 1 / (1 - math.pow(beta_2, step))
+    if epsilon_hat:
+        epsilon *= math.sqrt(correction)
     floor = negligible(real(0), 1 - beta_2, epsilon)
     keep = real(1 if biases else 1 - learning_rate * decay)
     rate, correction, epsilon = real(rate), real(correction), real(epsilon)
