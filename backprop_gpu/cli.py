@@ -594,7 +594,8 @@ def _info(arguments: argparse.Namespace) -> int:
     print(f"backprop_gpu {bp.__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     print("backends, in the order in which auto tries them:")
     for status in bp.backends():
-        print(f"  {status.name:<12}{'works' if status.works else f'no: {status.reason}'}")
+        state = "works" if status.automatic else f"{'by name only' if status.works else 'no'}: {status.reason}"
+        print(f"  {status.name:<12}{state}")
     print("for data:")
     for module, package, extra, what in _READERS:
         version = _version(module, package) or f'no: pip install "backprop_gpu[{extra}]"'

@@ -3,27 +3,104 @@
 Tests of the operations take `backend` and `dtype`; a new module in `backprop_gpu/backends/` is covered by existing.
 """
 
+import ctypes
 import math
+import os
+import sys
+from dataclasses import dataclass, replace
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from scipy.special import expit, log_expit, ndtr
 
 import backprop_gpu as bp
-from backprop_gpu.backends import selection
+from backprop_gpu.backends import cuda, selection
 from backprop_gpu.backends.numpy import DERIVATIVE, FORWARD
 
+
+def _has_gpu():
+    """Whether the NVIDIA driver, asked directly, knows a GPU."""
+    try:
+        driver, n = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(n)) == 0 and n.value > 0
+
+
+# Numba reads this when it is first imported, so it is set before anything imports Numba, for this process and those
+# that tests start. It changes `numba.cuda` alone: the cpu backend is compiled as ever. On a GPU, the kernels run there.
+if not _has_gpu():
+    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    # The simulator's main thread polls the others without a pause; at the default of 5 ms, they hardly get to run.
+    sys.setswitchinterval(1e-4)
+
 GPU_BACKENDS = ("cuda", "numba-cuda")
+
+
+def _execute_cuda_on_the_cpu():
+    """Makes `backend="cuda"` run its kernels on the CPU, on a machine without a GPU; "auto" passes it over."""
+    if _has_gpu() or cuda_on_cpu.missing():  # test_cuda_on_cpu.py says so
+        return
+    device = cuda_on_cpu.emulated(checked=True)
+    cuda._cupy = lambda: device
+    cuda.by_name_only = lambda: "it is executed on the CPU, for tests"
+
+
+_execute_cuda_on_the_cpu()
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 """Largest error of an operation by dtype, relative to the largest entry of its float64 reference."""
 
 
-def _parameters(statuses):
-    return [pytest.param(s, id=s.name, marks=[pytest.mark.gpu] if s.name in GPU_BACKENDS else []) for s in statuses]
+@dataclass(frozen=True)
+class Candidate:
+    """A backend as the tests run it."""
+
+    id: str
+    name: str
+    on_gpu: bool
+    tests: tuple[str, ...] | None = None
+    """The test files that take it; None is all."""
+    most_products: float = math.inf
+    """The largest product of a test's `shape` that it bears."""
+
+    def takes(self, item):
+        """Whether it is up to a test."""
+        shape = item.callspec.params.get("shape", ())
+        in_file = self.tests is None or item.path.stem in self.tests
+        return in_file and (not isinstance(shape, tuple) or math.prod(shape) <= self.most_products)
 
 
-@pytest.fixture(scope="session", params=_parameters(status for status in bp.backends() if status.works))
+def _candidates():
+    """Every backend that works here; one that works by name only is simulated, and thousands of times slower."""
+    for status in bp.backends():
+        if status.automatic:
+            yield Candidate(status.name, status.name, status.name in GPU_BACKENDS)
+        elif status.name == "cuda" and status.works:
+            yield Candidate("cuda-on-cpu", "cuda", False)
+        elif status.works:
+            files = ("test_contract", "test_operations", "test_stability")
+            yield Candidate(f"{status.name}-simulator", status.name, False, files, 1 << 14)
+
+
+def _parameters(entries, on_gpu):
+    return [pytest.param(entry, id=id, marks=[pytest.mark.gpu] if on_gpu(entry) else []) for id, entry in entries]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what a candidate is not up to."""
+    refused = [item for item in items if _candidate(item) and not _candidate(item).takes(item)]
+    config.hook.pytest_deselected(items=refused)
+    items[:] = [item for item in items if item not in set(refused)]
+
+
+def _candidate(item):
+    candidate = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return candidate if isinstance(candidate, Candidate) else None
+
+
+@pytest.fixture(scope="session", params=_parameters([(c.id, c) for c in _candidates()], lambda c: c.on_gpu))
 def backend(request):
     """The operations of every backend that works on this machine."""
     return bp.get_backend(request.param.name)
@@ -34,9 +111,15 @@ def on_every_backend(backend, monkeypatch):
     """Makes each backend in turn the one that "auto" takes, for tests of what stands above the operations."""
     modules = {backend.name: selection.MODULES[backend.name], **selection.MODULES}
     monkeypatch.setattr(selection, "MODULES", modules)
+    status = selection._status
+    monkeypatch.setattr(
+        selection, "_status", lambda name: replace(status(name), reason="") if name == backend.name else status(name)
+    )
 
 
-@pytest.fixture(scope="session", params=_parameters(bp.backends()))
+@pytest.fixture(
+    scope="session", params=_parameters([(s.name, s) for s in bp.backends()], lambda s: s.name in GPU_BACKENDS)
+)
 def backend_status(request):
     """The status of every backend that there is, working or not."""
     return request.param

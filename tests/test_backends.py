@@ -42,7 +42,7 @@ def test_every_backend_works_or_says_why_not():
 
 
 def test_auto_takes_the_first_that_works():
-    expected = next(status.name for status in bp.backends() if status.works)
+    expected = next(status.name for status in bp.backends() if status.automatic)
     assert bp.get_backend().name == bp.get_backend("auto").name == bp.MLP([2, 2]).backend == expected
 
 

@@ -77,7 +77,7 @@ class CudaBackend(Backend):
 
     def computing_in(self, dtype: str) -> CudaBackend:
         """Products of tf32, bfloat16 or float16: operands rounded to it, sums and all else in float32."""
-        return self if dtype in ("float32", "float64") else CudaBackend(self.cp, dtype)
+        return self if dtype in ("float32", "float64") else type(self)(self.cp, dtype)
 
     def _operand(self, x: Array) -> Array:
         """`x` as products read it."""

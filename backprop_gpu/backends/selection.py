@@ -1,7 +1,8 @@
 """Choosing a backend: the first that works on this machine, or the one asked for by name, or an error with the way out.
 
 A backend is a module of this package with `probe()`, which returns None where it works and the reason where it does
-not, and `BACKEND`, its class. It is imported only when it is asked for, so `import backprop_gpu` stays light.
+not, and `BACKEND`, which makes it. Where it works but "auto" should pass it over, the module's `by_name_only()` says
+why. It is imported only when it is asked for, so `import backprop_gpu` stays light.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MODULES = {"cuda": "cuda", "numba-cuda": "numba_cuda", "cpu": "cpu", "numpy": "n
 """Every backend by name, fastest first, and its module in this package."""
 
 
-DEPENDENCY = {"cuda": "cupy-cuda12x", "numba-cuda": "numba-cuda", "cpu": "numba", "numpy": "numpy"}
+DEPENDENCY = {"cuda": "cupy-cuda12x", "numba-cuda": "'numba-cuda[cu13]'", "cpu": "numba", "numpy": "numpy"}
 """What each backend imports beyond NumPy."""
 
 
@@ -34,9 +35,17 @@ class BackendStatus:
     name: str
     works: bool
     reason: str
+    """Why it does not work, or why "auto" passes it over; empty where neither is so."""
+
+    @property
+    def automatic(self) -> bool:
+        """Whether "auto" may take it."""
+        return self.works and not self.reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {'works' if self.works else self.reason}"
+        if self.works and self.reason:
+            return f"{self.name}: works, but only by name: {self.reason}"
+        return f"{self.name}: {self.reason or 'works'}"
 
 
 def backends() -> tuple[BackendStatus, ...]:
@@ -59,7 +68,7 @@ def select(name: str, dtype: str | None = None) -> tuple[Backend, str]:
         return _named(name, dtype), "asked for by name"
     refusals: list[str] = []
     for status in backends():
-        refusal = status.reason if not status.works else _dtype_refusal(status.name, dtype)
+        refusal = status.reason if not status.automatic else _dtype_refusal(status.name, dtype)
         if refusal is None:
             reason = "; ".join(["the first that works here", *refusals])
             logger.info("backend %s: %s", status.name, reason)
@@ -89,10 +98,12 @@ def _status(name: str) -> BackendStatus:
     if find_spec(module) is None:
         return BackendStatus(name, False, "not part of this release of backprop_gpu")
     try:
-        reason = import_module(module).probe()
+        backend = import_module(module)
+        reason = backend.probe()
+        by_name_only = backend.by_name_only() if hasattr(backend, "by_name_only") else None
     except ImportError as error:
-        reason = f"{error}; pip install {DEPENDENCY[name]}"
-    return BackendStatus(name, reason is None, reason or "")
+        return BackendStatus(name, False, f"{error}; pip install {DEPENDENCY[name]}")
+    return BackendStatus(name, reason is None, reason or by_name_only or "")
 
 
 @cache

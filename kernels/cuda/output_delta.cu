@@ -54,7 +54,7 @@ struct Elementwise {
 struct BinaryCrossEntropyEntry {
     template <class Sigma, class T>
     static __device__ __forceinline__ T entry(T z, T y, T setting, T& slope) {
-        const T bounded = finite(z);
+        const T bounded = without_infinities(z);
         slope = sigmoid(z) - y;
         return (bounded < 0 ? T(0) : bounded) - y * bounded + log1p(exp(-fabs(bounded)));
     }
@@ -65,7 +65,7 @@ struct BinaryCrossEntropyEntry {
 struct PoissonEntry {
     template <class Sigma, class T>
     static __device__ __forceinline__ T entry(T z, T y, T setting, T& slope) {
-        const T a = exp(z), d = finite(z) - log(y == 0 ? T(1) : y);
+        const T a = exp(z), d = without_infinities(z) - log(y == 0 ? T(1) : y);
         slope = a - y;
         return y == 0 ? a : y * (expm1(d) - d);
     }

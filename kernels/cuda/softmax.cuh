@@ -16,7 +16,7 @@ struct Limits<double> {
 
 // Infinities as the largest numbers whose differences are still finite; NaN stays.
 template <class T>
-__device__ __forceinline__ T finite(T z) {
+__device__ __forceinline__ T without_infinities(T z) {
     constexpr T LARGEST = Limits<T>::QUARTER_OF_LARGEST;
     return z < -LARGEST ? -LARGEST : z > LARGEST ? LARGEST : z;
 }
