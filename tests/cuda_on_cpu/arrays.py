@@ -33,7 +33,7 @@ class _ArrayDevice:
     id = 0
 
 
-class ndarray:  # noqa: N801 -- CuPy's name
+class ndarray:
     """An array on the device; what is not here raises AttributeError."""
 
     __array_ufunc__ = None

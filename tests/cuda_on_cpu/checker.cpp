@@ -5,8 +5,8 @@
 // functions are here; no sanitizer's own run-time is linked.
 //
 // Races do not depend on the schedule: every access is stamped with its block, thread, and number of barriers passed,
-// and two accesses to one address, one of them a write, must be ordered by a barrier, or within a warp by __syncwarp, or
-// between blocks by __threadfence and an atomic.
+// and two accesses to one address, one of them a write, must be ordered by a barrier, or within a warp by __syncwarp,
+// or between blocks by __threadfence and an atomic.
 //
 // Every array argument is mapped a second time at an address of its own, far from all others, and the kernel gets that
 // address. So a pointer tells which argument it came from, even where arguments are neighbours in one allocation.
@@ -83,7 +83,8 @@ bool ordered_across_blocks(const Stamp& earlier) {
   for (const Release& release : releases) {
     if (release.block != earlier.block) continue;
     const bool covered = earlier.epoch < release.epoch || earlier.thread == release.thread;
-    if (covered && (contains(current->acquired, release.address) || contains(acquired_by_block, release.address))) return true;
+    if (covered && (contains(current->acquired, release.address) || contains(acquired_by_block, release.address)))
+      return true;
   }
   return false;
 }
@@ -95,24 +96,32 @@ bool ordered(const Stamp& earlier) {
 }
 
 std::string name_of(const Place& place) {
-  return std::string(place.kind) + " " + place.name + " (" + std::to_string(place.size) + " bytes) at offset " + std::to_string(place.offset);
+  return std::string(place.kind) + " " + place.name + " (" + std::to_string(place.size) + " bytes) at offset " +
+         std::to_string(place.offset);
 }
 
-void report_race(const Place& place, const Stamp& earlier, const char* earlier_kind, const char* kind, const Stamp& now) {
+void report_race(const Place& place, const Stamp& earlier, const char* earlier_kind, const char* kind,
+                 const Stamp& now) {
   if (!first_time(uint64_t(earlier.pc) << 32 | now.pc)) return;
   const bool one_warp = earlier.block == now.block && earlier.thread / 32 == now.thread / 32;
-  const char* missing = earlier.block != now.block ? "in different blocks" : one_warp ? "with no __syncwarp between" : "with no __syncthreads between";
+  const char* missing = earlier.block != now.block ? "in different blocks"
+                        : one_warp                 ? "with no __syncwarp between"
+                                                   : "with no __syncthreads between";
   fail(false, "race on %s: %s by %s @0x%x, and %s by %s @0x%x, %s", name_of(place).c_str(), earlier_kind,
-       thread_name(earlier.block, earlier.thread).c_str(), earlier.pc, kind, thread_name(now.block, now.thread).c_str(), now.pc, missing);
+       thread_name(earlier.block, earlier.thread).c_str(), earlier.pc, kind, thread_name(now.block, now.thread).c_str(),
+       now.pc, missing);
 }
 
 void check_race(Cell& cell, const Stamp& now, Access kind, const Place& place) {
   auto conflicts = [&](const Stamp& earlier) { return (earlier.bytes & now.bytes) && !ordered(earlier); };
   const char* what = kind == READ ? "read" : kind == WRITE ? "write" : "atomic";
-  if (conflicts(cell.write) && !(kind == ATOMIC && cell.write_is_atomic)) report_race(place, cell.write, cell.write_is_atomic ? "atomic" : "write", what, now);
+  if (conflicts(cell.write) && !(kind == ATOMIC && cell.write_is_atomic))
+    report_race(place, cell.write, cell.write_is_atomic ? "atomic" : "write", what, now);
   if (kind == READ) return;
-  if (conflicts(cell.first_read)) report_race(place, cell.first_read, "read", what, now);
-  else if (conflicts(cell.last_read)) report_race(place, cell.last_read, "read", what, now);
+  if (conflicts(cell.first_read))
+    report_race(place, cell.first_read, "read", what, now);
+  else if (conflicts(cell.last_read))
+    report_race(place, cell.last_read, "read", what, now);
 }
 
 bool same_time(const Stamp& a, const Stamp& b) {
@@ -133,12 +142,18 @@ void remember(Cell& cell, const Stamp& now, Access kind) {
     return;
   }
   const Stamp& first = cell.first_read;
-  const bool mine = first.block == now.block && first.thread == now.thread, stale = first.block == now.block && first.epoch != epoch;
+  const bool mine = first.block == now.block && first.thread == now.thread,
+             stale = first.block == now.block && first.epoch != epoch;
   stamp(!first.bytes || mine || stale ? cell.first_read : cell.last_read, now);
 }
 
 Stamp stamp_now(const void* pc) {
-  return {block_number, current->number, epoch, current->warp_epoch, uint32_t(reinterpret_cast<uintptr_t>(pc) - image_begin), 0};
+  return {block_number,
+          current->number,
+          epoch,
+          current->warp_epoch,
+          uint32_t(reinterpret_cast<uintptr_t>(pc) - image_begin),
+          0};
 }
 
 // Calls visit(index of the cell, which of its bytes) for the bytes [offset, offset + size).
@@ -152,13 +167,14 @@ void for_each_cell(size_t offset, unsigned size, Visit visit) {
 }
 
 void report_bounds(const char* what, unsigned size, const Place& place, const void* pc) {
-  fail(true, "out of bounds: %s of %u bytes by %s %s, of %s", what, size, thread_name(block_number, current->number).c_str(), where(pc).c_str(),
-       name_of(place).c_str());
+  fail(true, "out of bounds: %s of %u bytes by %s %s, of %s", what, size,
+       thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place).c_str());
 }
 
 bool misaligned(uintptr_t address, unsigned size, const Place& place, const void* pc) {
   if (address % size == 0) return false;
-  fail(true, "misaligned access of %u bytes by %s %s, of %s", size, thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place).c_str());
+  fail(true, "misaligned access of %u bytes by %s %s, of %s", size, thread_name(block_number, current->number).c_str(),
+       where(pc).c_str(), name_of(place).c_str());
   return true;
 }
 
@@ -168,10 +184,13 @@ void access_global(uintptr_t address, unsigned size, Access kind, const void* pc
   const size_t slot = (address - slots) / SLOT_SIZE;
   const Window* window = slot < windows.size() ? &windows[slot] : nullptr;
   auto place = [&] {
-    return Place{"global", "argument " + std::to_string(window->parameter), long(address - window->begin), size_t(window->end - window->begin)};
+    return Place{"global", "argument " + std::to_string(window->parameter), long(address - window->begin),
+                 size_t(window->end - window->begin)};
   };
   const char* what = kind == READ ? "read" : "write";
-  if (!window) return fail(true, "%s of an address that belongs to no argument, by %s %s", what, thread_name(block_number, current->number).c_str(), where(pc).c_str());
+  if (!window)
+    return fail(true, "%s of an address that belongs to no argument, by %s %s", what,
+                thread_name(block_number, current->number).c_str(), where(pc).c_str());
   if (address < window->begin || address + size > window->end) return report_bounds(what, size, place(), pc);
   if (size <= 16 && (address & (size - 1))) {
     misaligned(address, size, place(), pc);
@@ -180,10 +199,12 @@ void access_global(uintptr_t address, unsigned size, Access kind, const void* pc
   const uintptr_t device = address - window->begin + window->device_address;
   const Stamp template_stamp = stamp_now(pc);
   if (kind != READ && window->read_only && first_time(template_stamp.pc))
-    fail(false, "write through a const pointer by %s %s, to %s", thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
+    fail(false, "write through a const pointer by %s %s, to %s", thread_name(block_number, current->number).c_str(),
+         where(pc).c_str(), name_of(place()).c_str());
   uint8_t* written = options.written + (device - options.memory_base);
   if (kind != WRITE && memchr(written, 0, size) && first_time(uint64_t(1) << 63 | template_stamp.pc))
-    fail(false, "read of memory that nothing has written, by %s %s, of %s", thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
+    fail(false, "read of memory that nothing has written, by %s %s, of %s",
+         thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
   if (kind != READ) memset(written, 1, size);
   for_each_cell(device - (window->span->begin & ~uintptr_t(3)), size, [&](size_t index, uint8_t bytes) {
     Cell& cell = window->span->cells[index];
@@ -206,14 +227,16 @@ Place shared_place(uintptr_t address, bool& inside, unsigned size) {
   long best = 0;
   for (const SharedVariable* variable : shared_variables) {
     const auto begin = reinterpret_cast<uintptr_t>(static_shared) + variable->offset;
-    const long offset = long(address - begin), past = offset < 0 ? -offset : std::max(0L, offset + long(size) - long(variable->size));
+    const long offset = long(address - begin),
+               past = offset < 0 ? -offset : std::max(0L, offset + long(size) - long(variable->size));
     if (nearest && past >= best) continue;
     nearest = variable;
     best = past;
   }
   if (!nearest) return {"shared", "memory", 0, 0};
   inside = best == 0;
-  return {"shared", std::string("`") + nearest->name + "`", long(address - reinterpret_cast<uintptr_t>(static_shared) - nearest->offset), nearest->size};
+  return {"shared", std::string("`") + nearest->name + "`",
+          long(address - reinterpret_cast<uintptr_t>(static_shared) - nearest->offset), nearest->size};
 }
 
 bool in_shared_variable(uintptr_t address, unsigned size) {
@@ -247,7 +270,9 @@ void access_shared(uintptr_t address, unsigned size, Access kind, const void* pc
     now.bytes = bytes;
     renew(cell);
     if (kind != WRITE && (cell.initialised & bytes) != bytes && first_time(uint64_t(1) << 62 | now.pc))
-      fail(false, cell.copy_pending ? "read before an asynchronous copy was waited for, by %s %s, of %s" : "read of uninitialised memory by %s %s, of %s",
+      fail(false,
+           cell.copy_pending ? "read before an asynchronous copy was waited for, by %s %s, of %s"
+                             : "read of uninitialised memory by %s %s, of %s",
            thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
     if (cell.write.bytes || cell.first_read.bytes) check_race(cell, now, kind, place());
     remember(cell, now, kind);
@@ -268,11 +293,12 @@ void note_atomic(const void* address) {
 
 void map_window(Window& window, int slot) {
   const size_t page = 4096;
-  const uintptr_t begin = window.device_address & ~(page - 1), end = window.device_address + (window.end - window.begin);
+  const uintptr_t begin = window.device_address & ~(page - 1),
+                  end = window.device_address + (window.end - window.begin);
   window.mapped_begin = slots + slot * SLOT_SIZE + SLOT_SIZE / 2;
   window.mapped_size = std::max(page, (end - begin + page - 1) & ~(page - 1));
-  mmap(reinterpret_cast<void*>(window.mapped_begin), window.mapped_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, options.memory_file,
-       off_t(begin - options.memory_base));
+  mmap(reinterpret_cast<void*>(window.mapped_begin), window.mapped_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+       options.memory_file, off_t(begin - options.memory_base));
   const uintptr_t moved = window.mapped_begin + (window.device_address - begin);
   window.end = moved + (window.end - window.begin);
   window.begin = moved;
@@ -322,11 +348,14 @@ std::string where(const void* pc) {
   return text;
 }
 
-std::string thread_name(uint32_t block, uint32_t thread) { return "block " + std::to_string(block) + " thread " + std::to_string(thread); }
+std::string thread_name(uint32_t block, uint32_t thread) {
+  return "block " + std::to_string(block) + " thread " + std::to_string(thread);
+}
 
 void count_step(const void* pc) {
   if (++steps > options.step_limit && current)
-    fail(true, "endless loop? after %llu steps, %s is %s", (unsigned long long)steps, thread_name(block_number, current->number).c_str(), where(pc).c_str());
+    fail(true, "endless loop? after %llu steps, %s is %s", (unsigned long long)steps,
+         thread_name(block_number, current->number).c_str(), where(pc).c_str());
 }
 
 void check_access(uintptr_t address, unsigned size, Access kind, const void* pc) {
@@ -334,23 +363,29 @@ void check_access(uintptr_t address, unsigned size, Access kind, const void* pc)
   const auto stack = reinterpret_cast<uintptr_t>(stacks), shared = reinterpret_cast<uintptr_t>(static_shared);
   if (address - stack < MAX_THREADS * STACK_SIZE) {
     if ((address - stack) / STACK_SIZE != current->number)
-      fail(true, "access to another thread's local memory by %s %s", thread_name(block_number, current->number).c_str(), where(pc).c_str());
+      fail(true, "access to another thread's local memory by %s %s", thread_name(block_number, current->number).c_str(),
+           where(pc).c_str());
     return;
   }
   count_step(pc);
-  if (address - shared < STATIC_SHARED + MAX_SHARED_PER_BLOCK) access_shared(address, size, kind, pc);
-  else if (address >= image_begin && address < image_end) {}  // __constant__ and __device__ variables, literals
-  else access_global(address, size, kind, pc);
+  if (address - shared < STATIC_SHARED + MAX_SHARED_PER_BLOCK)
+    access_shared(address, size, kind, pc);
+  else if (address >= image_begin && address < image_end) {
+  }  // __constant__ and __device__ variables, literals
+  else
+    access_global(address, size, kind, pc);
   if (kind == ATOMIC) note_atomic(reinterpret_cast<const void*>(address));
 }
 
 void checker_begin_launch(const ArrayArgument* arrays, int count, void** arguments) {
   if (!slots)
-    slots = reinterpret_cast<uintptr_t>(mmap(nullptr, SLOTS * SLOT_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    slots = reinterpret_cast<uintptr_t>(
+        mmap(nullptr, SLOTS * SLOT_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   windows.clear();
   releases.clear();
   for (int i = 0; i < count && i < SLOTS; ++i) {
-    windows.push_back({arrays[i].address, arrays[i].address + arrays[i].size, arrays[i].address, 0, 0, arrays[i].parameter, arrays[i].read_only != 0, nullptr});
+    windows.push_back({arrays[i].address, arrays[i].address + arrays[i].size, arrays[i].address, 0, 0,
+                       arrays[i].parameter, arrays[i].read_only != 0, nullptr});
     map_window(windows[i], i);
     memcpy(arguments[arrays[i].parameter], &windows[i].begin, sizeof(uintptr_t));
   }
@@ -359,7 +394,8 @@ void checker_begin_launch(const ArrayArgument* arrays, int count, void** argumen
 
 void checker_end_launch(void** arguments) {
   for (const Window& window : windows) {
-    mmap(reinterpret_cast<void*>(window.mapped_begin), window.mapped_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    mmap(reinterpret_cast<void*>(window.mapped_begin), window.mapped_size, PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     memcpy(arguments[window.parameter], &window.device_address, sizeof(uintptr_t));
   }
   for (Span& span : spans) free(span.cells);
@@ -391,12 +427,12 @@ using namespace cuda_on_cpu;
 #define PC __builtin_return_address(0)
 #define ACCESS(NAME, SIZE, KIND) \
   void __tsan_##NAME##SIZE(void* address) { check_access(reinterpret_cast<uintptr_t>(address), SIZE, KIND, PC); }
-#define ACCESSES(SIZE)                  \
-  ACCESS(read, SIZE, READ)              \
-  ACCESS(write, SIZE, WRITE)            \
-  ACCESS(unaligned_read, SIZE, READ)    \
-  ACCESS(unaligned_write, SIZE, WRITE)  \
-  ACCESS(volatile_read, SIZE, READ)     \
+#define ACCESSES(SIZE)                 \
+  ACCESS(read, SIZE, READ)             \
+  ACCESS(write, SIZE, WRITE)           \
+  ACCESS(unaligned_read, SIZE, READ)   \
+  ACCESS(unaligned_write, SIZE, WRITE) \
+  ACCESS(volatile_read, SIZE, READ)    \
   ACCESS(volatile_write, SIZE, WRITE)
 #define ARITHMETIC(NAME, WHAT) \
   void __ubsan_handle_##NAME(void* location) { overflow(WHAT, location); }
@@ -410,8 +446,12 @@ ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
-void __tsan_read_range(void* address, size_t size) { check_range(reinterpret_cast<uintptr_t>(address), size, READ, PC); }
-void __tsan_write_range(void* address, size_t size) { check_range(reinterpret_cast<uintptr_t>(address), size, WRITE, PC); }
+void __tsan_read_range(void* address, size_t size) {
+  check_range(reinterpret_cast<uintptr_t>(address), size, READ, PC);
+}
+void __tsan_write_range(void* address, size_t size) {
+  check_range(reinterpret_cast<uintptr_t>(address), size, WRITE, PC);
+}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}

@@ -34,6 +34,7 @@ CHECKED_FLAGS = (
     "-DCUDA_ON_CPU_CHECKED=1",
     "-fsanitize=thread,alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift",
     "-fsanitize-coverage=trace-pc",
+    "-fno-finite-loops",  # C++ lets g++ take it that loops end
     "--param=tsan-instrument-func-entry-exit=0",
 )
 

@@ -43,12 +43,11 @@
 #endif
 
 // compiler.py turns `__shared__ T name dims;` and `extern __shared__ T name[];` into these two.
-#define CUDA_ON_CPU_SHARED(alignment, name, dims, ...)                                                               \
-  static cuda_on_cpu::SharedVariable cuda_on_cpu_variable_##name = {                                                 \
-      sizeof(__VA_ARGS__ dims), alignof(cuda_on_cpu::Aligned<alignment, __VA_ARGS__>), #name, 0, 0, 0};              \
+#define CUDA_ON_CPU_SHARED(alignment, name, dims, ...)                                                  \
+  static cuda_on_cpu::SharedVariable cuda_on_cpu_variable_##name = {                                    \
+      sizeof(__VA_ARGS__ dims), alignof(cuda_on_cpu::Aligned<alignment, __VA_ARGS__>), #name, 0, 0, 0}; \
   auto& name = *reinterpret_cast<__VA_ARGS__(*) dims>(cuda_on_cpu_shared(&cuda_on_cpu_variable_##name));
-#define CUDA_ON_CPU_DYNAMIC_SHARED(name, ...) \
-  auto* name = reinterpret_cast<__VA_ARGS__*>(cuda_on_cpu_dynamic_shared());
+#define CUDA_ON_CPU_DYNAMIC_SHARED(name, ...) auto* name = reinterpret_cast<__VA_ARGS__*>(cuda_on_cpu_dynamic_shared());
 
 namespace cuda_on_cpu {
 template <size_t ALIGNMENT, class T>
@@ -58,23 +57,15 @@ struct alignas(ALIGNMENT < alignof(T) ? alignof(T) : ALIGNMENT) Aligned {
 }  // namespace cuda_on_cpu
 
 // ---- vector types ----
-#define CUDA_ON_CPU_VECTORS(T, NAME)                                                      \
-  struct NAME##1 {                                                                        \
-    T x;                                                                                  \
-  };                                                                                      \
-  struct alignas(2 * sizeof(T)) NAME##2 {                                                 \
-    T x, y;                                                                               \
-  };                                                                                      \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) NAME##4 {                       \
-    T x, y, z, w;                                                                         \
-  };                                                                                      \
-  static inline NAME##1 make_##NAME##1(T x) { return {x}; }                               \
-  static inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                       \
+#define CUDA_ON_CPU_VECTORS(T, NAME)                                                 \
+  struct NAME##1 { T x; };                                                           \
+  struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };                                 \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) NAME##4 { T x, y, z, w; }; \
+  static inline NAME##1 make_##NAME##1(T x) { return {x}; }                          \
+  static inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                  \
   static inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 #define CUDA_ON_CPU_VECTOR_3(T, NAME) \
-  struct NAME##3 {                    \
-    T x, y, z;                        \
-  };                                  \
+  struct NAME##3 { T x, y, z; };      \
   static inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }
 CUDA_ON_CPU_VECTORS(signed char, char)
 CUDA_ON_CPU_VECTORS(unsigned char, uchar)
@@ -110,7 +101,8 @@ static inline void __threadfence_block() {}
 static inline unsigned __activemask() { return cuda_on_cpu_active_mask(); }
 static inline void __trap(CUDA_ON_CPU_SITE) { cuda_on_cpu_trap("__trap()", site); }
 #undef assert
-#define assert(condition) ((condition) ? (void)0 : cuda_on_cpu_trap("assertion failed: " #condition, {__FILE__, __LINE__}))
+#define assert(condition) \
+  ((condition) ? (void)0 : cuda_on_cpu_trap("assertion failed: " #condition, {__FILE__, __LINE__}))
 
 // ---- warp shuffles and votes ----
 namespace cuda_on_cpu {
@@ -211,8 +203,8 @@ static inline int __any_sync(unsigned mask, int p, CUDA_ON_CPU_SITE) {
 static inline int __all_sync(unsigned mask, int p, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::ballot(mask, p == 0, site) == 0;
 }
-#define CUDA_ON_CPU_REDUCE(NAME, T, EXPRESSION)                                            \
-  static inline T NAME(unsigned mask, T value, CUDA_ON_CPU_SITE) {                         \
+#define CUDA_ON_CPU_REDUCE(NAME, T, EXPRESSION)                                                 \
+  static inline T NAME(unsigned mask, T value, CUDA_ON_CPU_SITE) {                              \
     return cuda_on_cpu::reduce<T>(mask, value, [](T a, T b) -> T { return EXPRESSION; }, site); \
   }
 CUDA_ON_CPU_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -221,20 +213,20 @@ CUDA_ON_CPU_REDUCE(__reduce_max_sync, unsigned, a < b ? b : a)
 CUDA_ON_CPU_REDUCE(__reduce_add_sync, int, int(unsigned(a) + unsigned(b)))
 CUDA_ON_CPU_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 CUDA_ON_CPU_REDUCE(__reduce_max_sync, int, a < b ? b : a)
-CUDA_ON_CPU_REDUCE(__reduce_and_sync, unsigned, a & b)
+CUDA_ON_CPU_REDUCE(__reduce_and_sync, unsigned, a& b)
 CUDA_ON_CPU_REDUCE(__reduce_or_sync, unsigned, a | b)
 CUDA_ON_CPU_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 
 // ---- atomics: integers only, because sums of floating-point numbers must not depend on the schedule ----
-#define CUDA_ON_CPU_ATOMIC(NAME, EXPRESSION)                                                                  \
-  template <class T, class U>                                                                                 \
-  CUDA_ON_CPU_CALL T NAME(T* address, U operand) {                                                            \
+#define CUDA_ON_CPU_ATOMIC(NAME, EXPRESSION)                                                                          \
+  template <class T, class U>                                                                                         \
+  CUDA_ON_CPU_CALL T NAME(T* address, U operand) {                                                                    \
     static_assert(std::is_integral_v<T>, #NAME ": floating-point atomics would make results depend on the schedule"); \
-    CUDA_ON_CPU_ACCESS(address, sizeof(T), ATOMIC);                                                           \
-    const T value = T(operand), old = *address;                                                               \
-    *address = (EXPRESSION);                                                                                  \
-    (void)value;                                                                                              \
-    return old;                                                                                               \
+    CUDA_ON_CPU_ACCESS(address, sizeof(T), ATOMIC);                                                                   \
+    const T value = T(operand), old = *address;                                                                       \
+    *address = (EXPRESSION);                                                                                          \
+    (void)value;                                                                                                      \
+    return old;                                                                                                       \
   }
 CUDA_ON_CPU_ATOMIC(atomicAdd, T(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(value)))
 CUDA_ON_CPU_ATOMIC(atomicSub, T(std::make_unsigned_t<T>(old) - std::make_unsigned_t<T>(value)))
@@ -256,12 +248,16 @@ CUDA_ON_CPU_CALL T atomicCAS(T* address, U compare, V value) {
 }
 
 // ---- loads and stores with cache hints ----
-#define CUDA_ON_CPU_LOAD(NAME) \
-  template <class T>           \
-  static __forceinline__ T NAME(const T* address) { return *address; }
-#define CUDA_ON_CPU_STORE(NAME) \
-  template <class T>            \
-  static __forceinline__ void NAME(T* address, T value) { *address = value; }
+#define CUDA_ON_CPU_LOAD(NAME)                      \
+  template <class T>                                \
+  static __forceinline__ T NAME(const T* address) { \
+    return *address;                                \
+  }
+#define CUDA_ON_CPU_STORE(NAME)                           \
+  template <class T>                                      \
+  static __forceinline__ void NAME(T* address, T value) { \
+    *address = value;                                     \
+  }
 CUDA_ON_CPU_LOAD(__ldg)
 CUDA_ON_CPU_LOAD(__ldca)
 CUDA_ON_CPU_LOAD(__ldcg)
@@ -329,14 +325,14 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selectors) {
 }
 
 // ---- arithmetic ----
-#define CUDA_ON_CPU_MIN_MAX(A, B, T)              \
-  static inline T min(A left, B right) {          \
-    const T a = left, b = right;                  \
-    return b < a ? b : a;                         \
-  }                                               \
-  static inline T max(A left, B right) {          \
-    const T a = left, b = right;                  \
-    return a < b ? b : a;                         \
+#define CUDA_ON_CPU_MIN_MAX(A, B, T)     \
+  static inline T min(A left, B right) { \
+    const T a = left, b = right;         \
+    return b < a ? b : a;                \
+  }                                      \
+  static inline T max(A left, B right) { \
+    const T a = left, b = right;         \
+    return a < b ? b : a;                \
   }
 CUDA_ON_CPU_MIN_MAX(int, int, int)
 CUDA_ON_CPU_MIN_MAX(unsigned, unsigned, unsigned)
@@ -358,7 +354,9 @@ static inline float normcdff(float x) { return float(0.5 * std::erfc(-0.70710678
 static inline double normcdf(double x) { return 0.5 * std::erfc(-0.70710678118654752440 * x); }
 static inline float sinpif(float x) { return float(std::sin(3.14159265358979323846 * double(x))); }
 static inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * double(x))); }
-static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }  // NaN becomes 0, as cvt.sat has it
+static inline float __saturatef(float x) {
+  return x > 0 ? (x < 1 ? x : 1.f) : 0.f;
+}  // NaN becomes 0, as cvt.sat has it
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __frcp_rn(float x) { return 1 / x; }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }
@@ -368,11 +366,11 @@ static inline double __fma_rn(double a, double b, double c) { return fma(a, b, c
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline double __ddiv_rn(double a, double b) { return a / b; }
 // These four are never contracted into a fused multiply-add: the result passes through memory that g++ must respect.
-#define CUDA_ON_CPU_EXACT(NAME, T, OP)         \
-  static inline T NAME(T a, T b) {             \
-    T result = a OP b;                         \
-    asm("" : "+x"(result));                    \
-    return result;                             \
+#define CUDA_ON_CPU_EXACT(NAME, T, OP) \
+  static inline T NAME(T a, T b) {     \
+    T result = a OP b;                 \
+    asm("" : "+x"(result));            \
+    return result;                     \
   }
 CUDA_ON_CPU_EXACT(__fadd_rn, float, +)
 CUDA_ON_CPU_EXACT(__fsub_rn, float, -)
@@ -406,14 +404,16 @@ static inline float __double2float_rn(double x) { return float(x); }
 namespace cuda_on_cpu {
 template <class T>
 int describe_value(char* out) {  // f4 i8 u2 ?1 v0, or s<bytes> for a struct
-  const char kind = std::is_floating_point_v<T>   ? 'f'
-                    : std::is_same_v<T, bool>     ? '?'
-                    : std::is_void_v<T>           ? 'v'
-                    : !std::is_integral_v<T>      ? 's'
-                    : std::is_signed_v<T>         ? 'i'
-                                                  : 'u';
-  if constexpr (std::is_void_v<T>) return sprintf(out, "v0");
-  else return sprintf(out, "%c%d", kind, int(sizeof(T)));
+  const char kind = std::is_floating_point_v<T> ? 'f'
+                    : std::is_same_v<T, bool>   ? '?'
+                    : std::is_void_v<T>         ? 'v'
+                    : !std::is_integral_v<T>    ? 's'
+                    : std::is_signed_v<T>       ? 'i'
+                                                : 'u';
+  if constexpr (std::is_void_v<T>)
+    return sprintf(out, "v0");
+  else
+    return sprintf(out, "%c%d", kind, int(sizeof(T)));
 }
 
 template <class T>
@@ -443,6 +443,6 @@ struct Entry<KERNEL> {
   }
 };
 }  // namespace cuda_on_cpu
-#define CUDA_ON_CPU_EXPORT(index, ...)                                                                  \
+#define CUDA_ON_CPU_EXPORT(index, ...)                                                                            \
   extern "C" void cuda_on_cpu_run_##index(void** arguments) { cuda_on_cpu::Entry<&__VA_ARGS__>::run(arguments); } \
   extern "C" const char* cuda_on_cpu_signature_##index() { return cuda_on_cpu::Entry<&__VA_ARGS__>::signature(); }

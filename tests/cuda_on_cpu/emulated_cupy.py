@@ -96,11 +96,10 @@ def emulated(
 
 
 def _cuda(emulator: Emulator) -> _Namespace:
-    own = {"_streams": emulator.streams}
     return _Namespace(
         "cupy.cuda",
-        Stream=type("Stream", (streams.Stream,), {**own, "null": emulator.streams.null}),
-        Event=_event_class(emulator),
+        Stream=emulator.streams.Stream,
+        Event=emulator.streams.Event,
         Graph=streams.Graph,
         get_current_stream=lambda device_id=-1: emulator.streams.current,
         get_elapsed_time=streams.get_elapsed_time,
@@ -112,10 +111,6 @@ def _cuda(emulator: Emulator) -> _Namespace:
         driver=_Namespace("cupy.cuda.driver", CUDADriverError=CUDADriverError),
         is_available=lambda: True,
     )
-
-
-def _event_class(emulator: Emulator) -> type:
-    return type("Event", (streams.Event,), {"_streams": emulator.streams})
 
 
 # Devices

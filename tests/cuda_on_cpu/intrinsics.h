@@ -1,4 +1,5 @@
-// intrinsics.h -- what kernels/cuda/intrinsics.cuh wraps of PTX, computed: asynchronous copies, ldmatrix, mma, roundings.
+// intrinsics.h -- what kernels/cuda/intrinsics.cuh wraps of PTX, computed: asynchronous copies, ldmatrix, mma,
+// roundings.
 //
 // The fragment layouts are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16 / mma.m16n8k8": in every 8x8 tile
 // of an accumulator, lane 4 i + j holds row i, columns 2 j and 2 j + 1.
@@ -118,7 +119,8 @@ struct MmaLane {
 template <class Type>
 CUDA_ON_CPU_UNCHECKED void mma_work(void** lanes, unsigned mask) {
   constexpr int K = Type::K, PACKED = K / 8;  // entries in a 32-bit register
-  if (mask != ~0u) return cuda_on_cpu_trap("mma by a partial warp", static_cast<MmaLane*>(lanes[__builtin_ctz(mask)])->site);
+  if (mask != ~0u)
+    return cuda_on_cpu_trap("mma by a partial warp", static_cast<MmaLane*>(lanes[__builtin_ctz(mask)])->site);
   float A[16][K], B[K][8], D[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& me = *static_cast<MmaLane*>(lanes[lane]);

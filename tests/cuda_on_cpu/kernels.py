@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +181,10 @@ class _Parameter:
 
 @dataclass(frozen=True)
 class _Arguments:
-    """What a launch passes, without keeping its memory alive."""
+    """What a launch passes: addresses, which keep no memory alive."""
 
     values: tuple[bytes, ...]
     arrays: tuple[tuple[int, int, int, bool], ...]  # address, bytes, parameter, read only
-    allocations: tuple[Allocation, ...]
 
 
 class RawKernel:
@@ -213,19 +213,17 @@ class RawKernel:
     def __call__(
         self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0, stream: Any = None
     ) -> None:
-        arguments = self._pack(args)
+        arguments, allocations = self._pack(args)
         options = self._options()
         grid, block = _three(grid), _three(block)
         emulator = self._emulator
         stream = stream or emulator.streams.current
         if stream._capture is None:
             emulator.counters.direct_launches[self.name] += 1
-        emulator.streams.submit(
-            Operation(self.name, lambda: self._run(grid, block, arguments, shared_mem, options), arguments.allocations),
-            stream,
-        )
+        run = partial(self._run, grid, block, arguments, shared_mem, options)
+        emulator.streams.submit(Operation(self.name, run, allocations), stream)
 
-    def _pack(self, args: Sequence[Any]) -> _Arguments:
+    def _pack(self, args: Sequence[Any]) -> tuple[_Arguments, tuple[Allocation, ...]]:
         if len(args) != len(self._parameters):
             raise TypeError(f"{self.name} takes {len(self._parameters)} arguments; got {len(args)}")
         values, arrays, allocations = [], [], []
@@ -243,7 +241,7 @@ class RawKernel:
                     values.append(parameter.pack_value(value))
             except TypeError as error:
                 raise TypeError(f"{self.name}: argument {i} is {error}") from None
-        return _Arguments(tuple(values), tuple(arrays), tuple(allocations))
+        return _Arguments(tuple(values), tuple(arrays)), tuple(allocations)
 
     def _check_array(self, array: ndarray, parameter: _Parameter) -> None:
         if array._emulator is not self._emulator:

@@ -126,8 +126,8 @@ void release_barrier() {
     fiber.state = RUNNABLE;
   }
   if (divergent)
-    fail(false, "divergent barriers: threads of block (%u,%u,%u) met at different __syncthreads, one at %s:%d", block_index.x,
-         block_index.y, block_index.z, first->site.file, first->site.line);
+    fail(false, "divergent barriers: threads of block (%u,%u,%u) met at different __syncthreads, one at %s:%d",
+         block_index.x, block_index.y, block_index.z, first->site.file, first->site.line);
   at_barrier = 0;
   ++epoch;
   if (options.checked) checker_barrier();
@@ -138,7 +138,8 @@ void fiber_main() {
   for (;;) {
     entry(entry_arguments);
     if (!current->copies.empty())
-      fail(false, "thread (%u,%u,%u) of block (%u,%u,%u) ends with asynchronous copies that it never waited for, issued %s",
+      fail(false,
+           "thread (%u,%u,%u) of block (%u,%u,%u) ends with asynchronous copies that it never waited for, issued %s",
            current->index.x, current->index.y, current->index.z, block_index.x, block_index.y, block_index.z,
            where(current->copies[0].pc).c_str());
     current->state = DONE;
@@ -225,8 +226,9 @@ void report_deadlock() {
     const Fiber& fiber = fibers[i];
     if (fiber.state == DONE || shown++ == 4) continue;
     if (shown > 4) break;
-    waiting += "\n  thread " + std::to_string(i) + " waits at " + (fiber.state == AT_BARRIER ? "__syncthreads" : "a warp operation") +
-               ", " + fiber.site.file + ":" + std::to_string(fiber.site.line);
+    waiting += "\n  thread " + std::to_string(i) + " waits at " +
+               (fiber.state == AT_BARRIER ? "__syncthreads" : "a warp operation") + ", " + fiber.site.file + ":" +
+               std::to_string(fiber.site.line);
   }
   fail(true, "deadlock in block (%u,%u,%u): %zu of %zu threads are left, among them%s", block_index.x, block_index.y,
        block_index.z, alive, thread_count, waiting.c_str());
@@ -272,8 +274,8 @@ void check_launch_shape() {
   if (!threads || threads > MAX_THREADS || block.z > 64)
     fail(true, "invalid launch: a block has 1 to 1024 threads; got (%u,%u,%u)", block.x, block.y, block.z);
   else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    fail(true, "invalid launch: a grid has at least 1 and at most (2147483647,65535,65535) blocks; got (%u,%u,%u)", grid.x, grid.y,
-         grid.z);
+    fail(true, "invalid launch: a grid has at least 1 and at most (2147483647,65535,65535) blocks; got (%u,%u,%u)",
+         grid.x, grid.y, grid.z);
   else if (uint64_t(grid.x) * grid.y * grid.z > 0x3fffff)
     fail(true, "more blocks than this emulator counts: (%u,%u,%u)", grid.x, grid.y, grid.z);
   else if (dynamic_shared_size > options.max_dynamic_shared)
@@ -331,7 +333,8 @@ dim3 cuda_on_cpu_grid_size() { return grid; }
 
 Votes cuda_on_cpu_barrier(int vote, Site site) {
   if (++steps > options.step_limit)
-    fail(true, "endless loop? after %llu steps, a thread is at the __syncthreads of %s:%d", (unsigned long long)steps, site.file, site.line);
+    fail(true, "endless loop? after %llu steps, a thread is at the __syncthreads of %s:%d", (unsigned long long)steps,
+         site.file, site.line);
   current->state = AT_BARRIER;
   current->site = site;
   current->vote = vote;
@@ -342,12 +345,19 @@ Votes cuda_on_cpu_barrier(int vote, Site site) {
 
 // The last lane of the mask to arrive does the work for all of them.
 void cuda_on_cpu_collective(unsigned mask, Collective work, void* mine, Site site) {
-  const size_t lane = current->number % 32, first = current->number - lane, lanes_in_warp = std::min<size_t>(32, thread_count - first);
-  if (lanes_in_warp < 32 && mask == ~0u) mask = (1u << lanes_in_warp) - 1;  // the block's last warp may be a part of one
-  if (!(mask >> lane & 1)) return fail(true, "the calling lane %zu is not in the mask 0x%x of the warp operation at %s:%d", lane, mask, site.file, site.line);
-  if (lanes_in_warp < 32 && mask >> lanes_in_warp) return fail(true, "the mask 0x%x of the warp operation at %s:%d names lanes that do not exist", mask, site.file, site.line);
+  const size_t lane = current->number % 32, first = current->number - lane,
+               lanes_in_warp = std::min<size_t>(32, thread_count - first);
+  if (lanes_in_warp < 32 && mask == ~0u)
+    mask = (1u << lanes_in_warp) - 1;  // the block's last warp may be a part of one
+  if (!(mask >> lane & 1))
+    return fail(true, "the calling lane %zu is not in the mask 0x%x of the warp operation at %s:%d", lane, mask,
+                site.file, site.line);
+  if (lanes_in_warp < 32 && mask >> lanes_in_warp)
+    return fail(true, "the mask 0x%x of the warp operation at %s:%d names lanes that do not exist", mask, site.file,
+                site.line);
   if (++steps > options.step_limit)
-    fail(true, "endless loop? after %llu steps, a thread is at the warp operation of %s:%d", (unsigned long long)steps, site.file, site.line);
+    fail(true, "endless loop? after %llu steps, a thread is at the warp operation of %s:%d", (unsigned long long)steps,
+         site.file, site.line);
   current->state = IN_WARP_OPERATION;
   current->site = site;
   current->mask = mask;
@@ -360,7 +370,8 @@ void cuda_on_cpu_collective(unsigned mask, Collective work, void* mine, Site sit
     Fiber& other = fibers[first + i];
     if (other.state != IN_WARP_OPERATION || other.mask != mask || other.work != work) return yield();
     if (other.site.line != site.line && first_time(uint64_t(site.line) << 32 | unsigned(other.site.line)))
-      fail(false, "lanes of one warp met in different warp operations, %s:%d and %s:%d", other.site.file, other.site.line, site.file, site.line);
+      fail(false, "lanes of one warp met in different warp operations, %s:%d and %s:%d", other.site.file,
+           other.site.line, site.file, site.line);
     lanes[i] = other.payload;
   }
   if (work) work(lanes, mask);
@@ -400,7 +411,8 @@ void* cuda_on_cpu_shared(SharedVariable* variable) {
     shared_variables.push_back(variable);
     if (static_shared_used > DEFAULT_SHARED_PER_BLOCK) fail(true, "more than 48 KiB of static __shared__ variables");
     if (static_shared_used + dynamic_shared_size > options.max_dynamic_shared)
-      fail(true, "%zu bytes of static and %zu of dynamic shared memory are more than %zu", static_shared_used, dynamic_shared_size, options.max_shared);
+      fail(true, "%zu bytes of static and %zu of dynamic shared memory are more than %zu", static_shared_used,
+           dynamic_shared_size, options.max_shared);
     memset(address, 0xff, variable->size);  // NaN, to show reads before writes
   }
   return address;
@@ -418,9 +430,13 @@ void cuda_on_cpu_copy_async(void* shared, const void* global, int size, int byte
   auto* target = static_cast<char*>(shared);
   const bool in_static = target >= static_shared && target + size <= static_shared + STATIC_SHARED;
   const bool in_dynamic = target >= dynamic_shared && target + size <= dynamic_shared + dynamic_shared_size;
-  if (!in_static && !in_dynamic) return fail(true, "an asynchronous copy to outside of shared memory %s", where(pc).c_str());
-  if (to % size || (bytes && from % size)) return fail(true, "misaligned asynchronous copy of %d bytes %s, shared address mod %d = %d, global %d", size, where(pc).c_str(), size, int(to % size), int(from % size));
-  if (bytes < 0 || bytes > size) return fail(true, "an asynchronous copy of %d bytes is told to read %d %s", size, bytes, where(pc).c_str());
+  if (!in_static && !in_dynamic)
+    return fail(true, "an asynchronous copy to outside of shared memory %s", where(pc).c_str());
+  if (to % size || (bytes && from % size))
+    return fail(true, "misaligned asynchronous copy of %d bytes %s, shared address mod %d = %d, global %d", size,
+                where(pc).c_str(), size, int(to % size), int(from % size));
+  if (bytes < 0 || bytes > size)
+    return fail(true, "an asynchronous copy of %d bytes is told to read %d %s", size, bytes, where(pc).c_str());
   if (options.checked) {
     for (int done = 0; done < bytes; ++done)
       if (done % 4 == 0) check_access(from + done, unsigned(std::min(4, bytes - done)), READ, pc);
@@ -454,11 +470,13 @@ const char* cuda_on_cpu_messages() { return messages.c_str(); }
 
 // Runs a kernel; returns the number of problems, which cuda_on_cpu_messages() describes.
 int cuda_on_cpu_launch(void (*kernel)(void**), void** arguments, const unsigned* grid_size, const unsigned* block_size,
-                       size_t dynamic_size, const ArrayArgument* arrays, int array_count, const Options* launch_options) {
+                       size_t dynamic_size, const ArrayArgument* arrays, int array_count,
+                       const Options* launch_options) {
   static void (*last_kernel)(void**);
   if (kernel != last_kernel) dl_iterate_phdr(find_image, reinterpret_cast<void*>(last_kernel = kernel));
   if (!static_shared) {
-    void* memory = mmap(nullptr, STATIC_SHARED + MAX_SHARED_PER_BLOCK + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, STATIC_SHARED + MAX_SHARED_PER_BLOCK + 4096, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     static_shared = static_cast<char*>(memory);
     dynamic_shared = static_shared + STATIC_SHARED;
   }

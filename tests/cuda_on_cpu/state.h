@@ -9,7 +9,7 @@
 namespace cuda_on_cpu {
 
 constexpr size_t STACK_SIZE = 128 << 10, MAX_THREADS = 1024;
-constexpr size_t STATIC_SHARED = 64 << 10;         // room for 48 KiB of variables with gaps between them
+constexpr size_t STATIC_SHARED = 64 << 10;          // room for 48 KiB of variables with gaps between them
 constexpr size_t MAX_SHARED_PER_BLOCK = 227 << 10;  // compute capability 9.0; 48 KiB unless a kernel asks for more
 constexpr size_t DEFAULT_SHARED_PER_BLOCK = 48 << 10;
 
@@ -54,8 +54,8 @@ struct Options {
   unsigned seed;
   int checked;
   size_t max_dynamic_shared, max_shared;  // bytes that a block may have: dynamic, and static and dynamic
-  uint64_t step_limit;  // memory accesses, basic blocks and barriers
-  int memory_file;      // device memory: this file, mapped at memory_base
+  uint64_t step_limit;                    // memory accesses, basic blocks and barriers
+  int memory_file;                        // device memory: this file, mapped at memory_base
   uintptr_t memory_base;
   size_t memory_size;
   uint8_t* written;  // one byte per byte of device memory: has it ever been written?
@@ -65,8 +65,8 @@ struct Options {
 extern Options options;
 extern Fiber* current;  // null outside of kernels
 extern uint32_t block_number;
-extern uint32_t epoch;              // counts barriers and blocks; never twice the same in a process
-extern uint32_t first_block_epoch;  // of this block
+extern uint32_t epoch;                    // counts barriers and blocks; never twice the same in a process
+extern uint32_t first_block_epoch;        // of this block
 extern uintptr_t image_begin, image_end;  // the kernel's shared object
 extern uint64_t steps;
 extern char* stacks;

@@ -49,7 +49,9 @@ class Streams:
 
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
-        self.null = Stream._create(self, non_blocking=False, handle=0)
+        self.Stream = type("Stream", (Stream,), {"_streams": self})
+        self.Event = type("Event", (Event,), {"_streams": self})
+        self.null = self.Stream.null = self.Stream._create(non_blocking=False, handle=0)
         self.all: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary({0: self.null})
         self._local = threading.local()
         self.captures: list[_Capture] = []
@@ -126,17 +128,16 @@ class Stream:
     ) -> None:
         if null or ptds:
             raise EmulationError("write Stream.null for the null stream")
-        self._set_up(self._streams, non_blocking, next(_handles))
+        self._set_up(non_blocking, next(_handles))
         self._streams.all[self.ptr] = self
 
     @classmethod
-    def _create(cls, streams: Streams, *, non_blocking: bool, handle: int) -> Stream:
+    def _create(cls, *, non_blocking: bool, handle: int) -> Stream:
         stream = cls.__new__(cls)
-        stream._set_up(streams, non_blocking, handle)
+        stream._set_up(non_blocking, handle)
         return stream
 
-    def _set_up(self, streams: Streams, non_blocking: bool, handle: int) -> None:
-        self._streams = streams
+    def _set_up(self, non_blocking: bool, handle: int) -> None:
         self.non_blocking = non_blocking
         self.ptr = handle
         self.device_id = 0
@@ -166,7 +167,7 @@ class Stream:
         return self._queue.finished == self._queue.submitted
 
     def record(self, event: Event | None = None) -> Event:
-        event = event or Event()
+        event = event or self._streams.Event()
         event.record(self)
         return event
 
