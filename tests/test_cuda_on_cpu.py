@@ -1,4 +1,4 @@
-"""What runs CUDA kernels on the CPU must itself be right: deliberate bugs are found at their line, correct code passes."""
+"""What runs CUDA kernels on the CPU is itself right: deliberate bugs are found at their line, correct code passes."""
 
 import numpy as np
 import pytest
@@ -267,7 +267,7 @@ def test_bug_between_two_arrays(checked, name, threads, x_size, what):
     [
         ("endless", "uint32", (), "endless loop"),
         ("endless_barriers", "uint32", (), "endless loop"),
-        ("misaligned_rows", "uint32", (), "misaligned access of 16 bytes"),
+        ("misaligned_rows", "uint32", (), "misaligned read of 16 bytes"),
         ("overflow", "int32", (i4(70000),), "signed overflow in *"),
         ("failing_assert", "int32", (), "assertion failed: threadIdx.x < 3"),
     ],
@@ -330,7 +330,11 @@ def test_bug_in_an_included_file(tmp_path):
         "}\n"
     )
     (tmp_path / "outer.cuh").write_text('#pragma once\n#include "inner.cuh"\n')
-    code = '#include "outer.cuh"\n#include "inner.cuh"\ntemplate <class T, int N> __global__ void f(T* x) {\n\n  x[threadIdx.x] = reverse<T, N>(x[threadIdx.x]); }\n'
+    code = (
+        '#include "outer.cuh"\n#include "inner.cuh"\n'
+        "template <class T, int N> __global__ void f(T* x) {\n\n"
+        "  x[threadIdx.x] = reverse<T, N>(x[threadIdx.x]);\n}\n"
+    )
     (tmp_path / "file.cu").write_text(code)
     cp = emulated(checked=True)
     f = kernels(cp, code, "f<double, 64>", options=(f"-I{tmp_path}",))("f<double, 64>")
@@ -461,7 +465,8 @@ extern "C" __global__ void transposed_x4(const unsigned short* x, unsigned* out)
   load_matrix_x4_transposed(r, s[threadIdx.x]);
   for (int i = 0; i < 4; ++i) out[i * 32 + threadIdx.x] = r[i];
 }
-extern "C" __global__ void round_all(const float* x, unsigned* bf16, unsigned* f16, unsigned* tf32, float* back, int n) {
+extern "C" __global__ void round_all(const float* x, unsigned* bf16, unsigned* f16, unsigned* tf32, float* back,
+                                     int n) {
   for (int i = threadIdx.x; i < n; i += 32) {
     bf16[i] = pack_bf16(x[i], -x[i]);
     f16[i] = pack_f16(x[i], -x[i]);
@@ -616,7 +621,7 @@ def test_last_block_finishes_the_sum(rng):
 def test_fast_builds_show_a_result_that_depends_on_the_schedule():
     cp = emulated(schedules=("forward", "reverse"))
     code = 'extern "C" __global__ void sync(float* x) { x[threadIdx.x / 2] = threadIdx.x; }'  # also a C function's name
-    with pytest.raises(EmulationError, match="argument 0 differs from byte .* between 'forward' and 'reverse'"):
+    with pytest.raises(EmulationError, match=r"argument 0 differs from byte .* between 'forward' and 'reverse'"):
         kernels(cp, code)("sync")((1,), (8,), (cp.zeros(8, f4),))
 
 
@@ -639,9 +644,9 @@ def test_floating_point_atomics_do_not_compile():
 def test_compile_errors(tmp_path):
     cp = emulated()
     error = cp.cuda.compiler.CompileException
-    with pytest.raises(error, match="RawModule:2.*undeclared_name"):
+    with pytest.raises(error, match=r"RawModule:2.*undeclared_name"):
         kernels(cp, '\nextern "C" __global__ void f(int* x) { x[0] = undeclared_name; }')("f")
-    with pytest.raises(error, match="cannot open source file 'absent.cuh'"):
+    with pytest.raises(error, match=r"cannot open source file 'absent\.cuh'"):
         kernels(cp, '#include "absent.cuh"')("f")
     with pytest.raises(error, match="no system headers"):
         kernels(cp, "#include <cmath>")("f")
@@ -794,7 +799,7 @@ def test_arrays_refuse_what_cupy_refuses(cp):
         np.asarray(x)
     with pytest.raises(TypeError, match="Implicit conversion"):
         np.concatenate([x, x])
-    with pytest.raises(TypeError, match="cupy.asarray"):
+    with pytest.raises(TypeError, match=r"cupy\.asarray"):
         x[...] = np.zeros(3, f4)
     with pytest.raises(TypeError, match="float64 array cannot be set to float32"):
         x.set(np.zeros(3))

@@ -178,7 +178,8 @@ class ndarray:
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError(
-            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly."
+            "Implicit conversion to a NumPy array is not allowed. "
+            "Please use `.get()` to construct a NumPy array explicitly."
         )
 
     # Exchange with other libraries
@@ -203,7 +204,7 @@ class ndarray:
 
 
 def _basic(key: Any) -> tuple[Any, ...]:
-    """The key as a tuple, without a trailing ellipsis (which callers add, so that NumPy returns views, never scalars)."""
+    """The key as a tuple without a trailing ellipsis, which callers add: so NumPy returns views, never scalars."""
     keys = key if isinstance(key, tuple) else (key,)
     for part in keys:
         if not (part is None or part is Ellipsis or isinstance(part, slice | int | np.integer)) or isinstance(

@@ -31,6 +31,7 @@ struct Stamp {
 
 struct Cell {
   Stamp write, first_read, last_read;  // of this block's barrier epoch, or older
+  uint32_t epoch;                      // of the latest access; 0 before
   uint8_t initialised;                 // which of the 4 bytes (shared memory)
   bool write_is_atomic, copy_pending;
 };
@@ -68,11 +69,13 @@ std::vector<const void*> acquired_by_block, acquired_since_barrier;
 
 Cell shared_cells[(STATIC_SHARED + MAX_SHARED_PER_BLOCK) / 4 + 1];
 
-struct Place {  // where an address is, for messages
-  const char* kind;
-  std::string name;
+// Where an address is: in an argument, in a static variable, or else in dynamic shared memory.
+struct Place {
+  const Window* window;
+  const SharedVariable* variable;
   long offset;
   size_t size;
+  bool inside;
 };
 
 bool contains(const std::vector<const void*>& addresses, const void* address) {
@@ -96,9 +99,13 @@ bool ordered(const Stamp& earlier) {
 }
 
 std::string name_of(const Place& place) {
-  return std::string(place.kind) + " " + place.name + " (" + std::to_string(place.size) + " bytes) at offset " +
-         std::to_string(place.offset);
+  const std::string name = place.window     ? "global argument " + std::to_string(place.window->parameter)
+                           : place.variable ? std::string("shared `") + place.variable->name + "`"
+                                            : "shared dynamic memory";
+  return name + " (" + std::to_string(place.size) + " bytes) at offset " + std::to_string(place.offset);
 }
+
+std::string here(const void* pc) { return thread_name(block_number, current->number) + " " + where(pc); }
 
 void report_race(const Place& place, const Stamp& earlier, const char* earlier_kind, const char* kind,
                  const Stamp& now) {
@@ -136,15 +143,27 @@ void stamp(Stamp& old, Stamp now) {
 // Keeps the first reader of an epoch and the last other one: then a write by any third thread is seen to race with one
 // of them, and a write by either with the other.
 void remember(Cell& cell, const Stamp& now, Access kind) {
+  cell.epoch = epoch;
   if (kind != READ) {
     stamp(cell.write, now);
     cell.write_is_atomic = kind == ATOMIC;
     return;
   }
   const Stamp& first = cell.first_read;
-  const bool mine = first.block == now.block && first.thread == now.thread,
-             stale = first.block == now.block && first.epoch != epoch;
+  const bool mine = first.block == now.block && first.thread == now.thread;
+  const bool stale = first.block == now.block && first.epoch != epoch;
   stamp(!first.bytes || mine || stale ? cell.first_read : cell.last_read, now);
+}
+
+// A read that has been seen before; had anyone written in between, that write would have been reported.
+bool repeated(const Cell& cell, const Stamp& now) {
+  auto covers = [&](const Stamp& read) { return same_time(read, now) && (read.bytes & now.bytes) == now.bytes; };
+  return covers(cell.first_read) || covers(cell.last_read);
+}
+
+void touch(Cell& cell, const Stamp& now, Access kind, const Place& place) {
+  if (cell.epoch) check_race(cell, now, kind, place);
+  remember(cell, now, kind);
 }
 
 Stamp stamp_now(const void* pc) {
@@ -166,116 +185,76 @@ void for_each_cell(size_t offset, unsigned size, Visit visit) {
   }
 }
 
-void report_bounds(const char* what, unsigned size, const Place& place, const void* pc) {
-  fail(true, "out of bounds: %s of %u bytes by %s %s, of %s", what, size,
-       thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place).c_str());
-}
-
-bool misaligned(uintptr_t address, unsigned size, const Place& place, const void* pc) {
-  if (address % size == 0) return false;
-  fail(true, "misaligned access of %u bytes by %s %s, of %s", size, thread_name(block_number, current->number).c_str(),
-       where(pc).c_str(), name_of(place).c_str());
-  return true;
-}
-
-// ---- accesses ----
-
-void access_global(uintptr_t address, unsigned size, Access kind, const void* pc) {
-  const size_t slot = (address - slots) / SLOT_SIZE;
-  const Window* window = slot < windows.size() ? &windows[slot] : nullptr;
-  auto place = [&] {
-    return Place{"global", "argument " + std::to_string(window->parameter), long(address - window->begin),
-                 size_t(window->end - window->begin)};
-  };
+// Is the access within its array, and aligned?
+bool allowed(const Place& place, uintptr_t address, unsigned size, Access kind, const void* pc) {
   const char* what = kind == READ ? "read" : "write";
-  if (!window)
-    return fail(true, "%s of an address that belongs to no argument, by %s %s", what,
-                thread_name(block_number, current->number).c_str(), where(pc).c_str());
-  if (address < window->begin || address + size > window->end) return report_bounds(what, size, place(), pc);
-  if (size <= 16 && (address & (size - 1))) {
-    misaligned(address, size, place(), pc);
-    return;
-  }
-  const uintptr_t device = address - window->begin + window->device_address;
-  const Stamp template_stamp = stamp_now(pc);
-  if (kind != READ && window->read_only && first_time(template_stamp.pc))
-    fail(false, "write through a const pointer by %s %s, to %s", thread_name(block_number, current->number).c_str(),
-         where(pc).c_str(), name_of(place()).c_str());
-  uint8_t* written = options.written + (device - options.memory_base);
-  if (kind != WRITE && memchr(written, 0, size) && first_time(uint64_t(1) << 63 | template_stamp.pc))
-    fail(false, "read of memory that nothing has written, by %s %s, of %s",
-         thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
-  if (kind != READ) memset(written, 1, size);
-  for_each_cell(device - (window->span->begin & ~uintptr_t(3)), size, [&](size_t index, uint8_t bytes) {
-    Cell& cell = window->span->cells[index];
-    Stamp now = template_stamp;
-    now.bytes = bytes;
-    if (cell.write.bytes || cell.first_read.bytes) check_race(cell, now, kind, place());
-    remember(cell, now, kind);
-  });
-}
-
-// The variable that the address is in, or the nearest below or above it.
-Place shared_place(uintptr_t address, bool& inside, unsigned size) {
-  const auto dynamic = reinterpret_cast<uintptr_t>(dynamic_shared);
-  inside = false;
-  if (address + 64 >= dynamic && dynamic_shared_size) {
-    inside = address >= dynamic && address + size <= dynamic + dynamic_shared_size;
-    return {"shared", "dynamic memory", long(address - dynamic), dynamic_shared_size};
-  }
-  const SharedVariable* nearest = nullptr;
-  long best = 0;
-  for (const SharedVariable* variable : shared_variables) {
-    const auto begin = reinterpret_cast<uintptr_t>(static_shared) + variable->offset;
-    const long offset = long(address - begin),
-               past = offset < 0 ? -offset : std::max(0L, offset + long(size) - long(variable->size));
-    if (nearest && past >= best) continue;
-    nearest = variable;
-    best = past;
-  }
-  if (!nearest) return {"shared", "memory", 0, 0};
-  inside = best == 0;
-  return {"shared", std::string("`") + nearest->name + "`",
-          long(address - reinterpret_cast<uintptr_t>(static_shared) - nearest->offset), nearest->size};
-}
-
-bool in_shared_variable(uintptr_t address, unsigned size) {
-  const auto dynamic = reinterpret_cast<uintptr_t>(dynamic_shared);
-  if (address >= dynamic) return address + size <= dynamic + dynamic_shared_size;
-  for (const SharedVariable* variable : shared_variables) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(static_shared) + variable->offset;
-    if (address >= begin && address + size <= begin + variable->size) return true;
-  }
+  if (!place.inside)
+    fail(true, "out of bounds: %s of %u bytes by %s, of %s", what, size, here(pc).c_str(), name_of(place).c_str());
+  else if (size <= 16 && (address & (size - 1)))
+    fail(true, "misaligned %s of %u bytes by %s, of %s", what, size, here(pc).c_str(), name_of(place).c_str());
+  else
+    return true;
   return false;
 }
 
-// Cells of an earlier block are as good as new: epochs never repeat.
-void renew(Cell& cell) {
-  const uint32_t newest = std::max({cell.write.epoch, cell.first_read.epoch, cell.last_read.epoch});
-  if (newest < first_block_epoch) cell = Cell{};
+void access_global(uintptr_t address, unsigned size, Access kind, const void* pc) {
+  const size_t slot = (address - slots) / SLOT_SIZE;
+  if (slot >= windows.size())
+    return fail(true, "access to an address that belongs to no argument, by %s", here(pc).c_str());
+  const Window& window = windows[slot];
+  const bool inside = address >= window.begin && address + size <= window.end;
+  const Place place{&window, nullptr, long(address - window.begin), size_t(window.end - window.begin), inside};
+  if (!allowed(place, address, size, kind, pc)) return;
+  const uintptr_t device = address - window.begin + window.device_address;
+  Stamp now = stamp_now(pc);
+  if (kind != READ && window.read_only && first_time(now.pc))
+    fail(false, "write through a const pointer by %s, to %s", here(pc).c_str(), name_of(place).c_str());
+  uint8_t* written = options.written + (device - options.memory_base);
+  if (kind != WRITE && memchr(written, 0, size) && first_time(uint64_t(1) << 63 | now.pc))
+    fail(false, "read of memory that nothing has written, by %s, of %s", here(pc).c_str(), name_of(place).c_str());
+  if (kind != READ) memset(written, 1, size);
+  for_each_cell(device - (window.span->begin & ~uintptr_t(3)), size, [&](size_t index, uint8_t bytes) {
+    Cell& cell = window.span->cells[index];
+    now.bytes = bytes;
+    if (kind == READ && repeated(cell, now)) return;
+    touch(cell, now, kind, place);
+  });
+}
+
+// The static variable that the address is in, or is nearest to; or dynamic shared memory.
+Place place_in_shared(uintptr_t address, unsigned size) {
+  const auto dynamic = reinterpret_cast<uintptr_t>(dynamic_shared);
+  if (address + 64 >= dynamic) {
+    const bool inside = address >= dynamic && address + size <= dynamic + dynamic_shared_size;
+    return {nullptr, nullptr, long(address - dynamic), dynamic_shared_size, inside};
+  }
+  Place nearest{nullptr, nullptr, 0, 0, false};
+  long distance = 0;
+  for (const SharedVariable* variable : shared_variables) {
+    const long offset = long(address - reinterpret_cast<uintptr_t>(static_shared) - variable->offset);
+    const long outside = offset < 0 ? -offset : std::max(0L, offset + long(size) - long(variable->size));
+    if (nearest.variable && outside >= distance) continue;
+    nearest = {nullptr, variable, offset, variable->size, outside == 0};
+    distance = outside;
+    if (nearest.inside) break;
+  }
+  return nearest;
 }
 
 void access_shared(uintptr_t address, unsigned size, Access kind, const void* pc) {
-  bool inside;
-  auto place = [&] { return shared_place(address, inside, size); };
-  if (!in_shared_variable(address, size)) return report_bounds(kind == READ ? "read" : "write", size, place(), pc);
-  if (size <= 16 && (address & (size - 1))) {
-    misaligned(address, size, place(), pc);
-    return;
-  }
-  const Stamp template_stamp = stamp_now(pc);
+  const Place place = place_in_shared(address, size);
+  if (!allowed(place, address, size, kind, pc)) return;
+  Stamp now = stamp_now(pc);
   for_each_cell(address - reinterpret_cast<uintptr_t>(static_shared), size, [&](size_t index, uint8_t bytes) {
     Cell& cell = shared_cells[index];
-    Stamp now = template_stamp;
     now.bytes = bytes;
-    renew(cell);
+    if (cell.epoch < first_block_epoch) cell = Cell{};  // an earlier block's; epochs never repeat
+    if (kind == READ && repeated(cell, now)) return;
     if (kind != WRITE && (cell.initialised & bytes) != bytes && first_time(uint64_t(1) << 62 | now.pc))
-      fail(false,
-           cell.copy_pending ? "read before an asynchronous copy was waited for, by %s %s, of %s"
-                             : "read of uninitialised memory by %s %s, of %s",
-           thread_name(block_number, current->number).c_str(), where(pc).c_str(), name_of(place()).c_str());
-    if (cell.write.bytes || cell.first_read.bytes) check_race(cell, now, kind, place());
-    remember(cell, now, kind);
+      fail(false, "read %s by %s, of %s",
+           cell.copy_pending ? "before an asynchronous copy was waited for," : "of uninitialised memory",
+           here(pc).c_str(), name_of(place).c_str());
+    touch(cell, now, kind, place);
     if (kind == READ) return;
     cell.initialised |= bytes;
     cell.copy_pending = false;
@@ -354,8 +333,7 @@ std::string thread_name(uint32_t block, uint32_t thread) {
 
 void count_step(const void* pc) {
   if (++steps > options.step_limit && current)
-    fail(true, "endless loop? after %llu steps, %s is %s", (unsigned long long)steps,
-         thread_name(block_number, current->number).c_str(), where(pc).c_str());
+    fail(true, "endless loop? after %llu steps, one is %s", (unsigned long long)steps, here(pc).c_str());
 }
 
 void check_access(uintptr_t address, unsigned size, Access kind, const void* pc) {
@@ -363,8 +341,7 @@ void check_access(uintptr_t address, unsigned size, Access kind, const void* pc)
   const auto stack = reinterpret_cast<uintptr_t>(stacks), shared = reinterpret_cast<uintptr_t>(static_shared);
   if (address - stack < MAX_THREADS * STACK_SIZE) {
     if ((address - stack) / STACK_SIZE != current->number)
-      fail(true, "access to another thread's local memory by %s %s", thread_name(block_number, current->number).c_str(),
-           where(pc).c_str());
+      fail(true, "access to another thread's local memory by %s", here(pc).c_str());
     return;
   }
   count_step(pc);

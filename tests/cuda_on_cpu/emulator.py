@@ -15,7 +15,7 @@ SCHEDULES = ("forward", "reverse", "shuffled", "warps", "warps_reversed")
 """Orders in which threads and blocks run; "warps" lets one warp go as far as it can before the next."""
 
 SHARED_MEMORY = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99}
-"""Most shared memory of a block by compute capability, in KiB (CUDA C++ Programming Guide, technical specifications)."""
+"""Most shared memory of a block by compute capability, in KiB (CUDA C++ Programming Guide)."""
 
 ERRORS = {
     1: ("cudaErrorInvalidValue", "invalid argument"),
@@ -75,7 +75,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Operation:
-    """Work for a stream. `run` holds addresses, not allocations; who keeps the operation keeps `allocations`, or not."""
+    """Work for a stream. `run` holds addresses only; `allocations` are what keeps their memory."""
 
     name: str
     run: Callable[[], None]

@@ -287,8 +287,8 @@ class RawKernel:
             if not np.array_equal(expected, output):
                 offset = int(np.flatnonzero(expected != output)[0])
                 raise EmulationError(
-                    f"{self.name}: the result depends on the schedule: argument {i} differs from byte {offset} on between "
-                    f"{self._emulator.schedules[0]!r} and {schedule!r}"
+                    f"{self.name}: the result depends on the schedule: argument {i} differs from byte {offset} on "
+                    f"between {self._emulator.schedules[0]!r} and {schedule!r}"
                 )
         return results
 

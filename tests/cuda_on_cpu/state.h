@@ -8,6 +8,31 @@
 
 namespace cuda_on_cpu {
 
+// An array argument, from Python.
+struct ArrayArgument {
+  uintptr_t address;
+  size_t size;
+  int parameter, read_only;
+};
+
+// Options of a launch, from Python.
+struct Options {
+  int schedule;
+  unsigned seed;
+  int checked;
+  size_t max_dynamic_shared, max_shared;  // bytes that a block may have: dynamic, and static and dynamic
+  uint64_t step_limit;                    // memory accesses, basic blocks and barriers
+  int memory_file;                        // device memory: this file, mapped at memory_base
+  uintptr_t memory_base;
+  size_t memory_size;
+  uint8_t* written;  // one byte per byte of device memory: has it ever been written?
+};
+
+}  // namespace cuda_on_cpu
+
+#pragma GCC visibility push(hidden)  // so that calls within the run-time are direct
+namespace cuda_on_cpu {
+
 constexpr size_t STACK_SIZE = 128 << 10, MAX_THREADS = 1024;
 constexpr size_t STATIC_SHARED = 64 << 10;          // room for 48 KiB of variables with gaps between them
 constexpr size_t MAX_SHARED_PER_BLOCK = 227 << 10;  // compute capability 9.0; 48 KiB unless a kernel asks for more
@@ -41,26 +66,6 @@ struct Fiber {
   std::vector<const void*> acquired;
 };
 
-// An array argument, from Python.
-struct ArrayArgument {
-  uintptr_t address;
-  size_t size;
-  int parameter, read_only;
-};
-
-// Options of a launch, from Python.
-struct Options {
-  int schedule;
-  unsigned seed;
-  int checked;
-  size_t max_dynamic_shared, max_shared;  // bytes that a block may have: dynamic, and static and dynamic
-  uint64_t step_limit;                    // memory accesses, basic blocks and barriers
-  int memory_file;                        // device memory: this file, mapped at memory_base
-  uintptr_t memory_base;
-  size_t memory_size;
-  uint8_t* written;  // one byte per byte of device memory: has it ever been written?
-};
-
 // ---- runtime.cpp ----
 extern Options options;
 extern Fiber* current;  // null outside of kernels
@@ -92,3 +97,4 @@ std::string where(const void* pc);  // "@0x<offset in the shared object>", which
 std::string thread_name(uint32_t block, uint32_t thread);
 
 }  // namespace cuda_on_cpu
+#pragma GCC visibility pop

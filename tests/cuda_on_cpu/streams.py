@@ -1,7 +1,7 @@
 """Streams, events and graphs: the order of work, and what a captured stream records.
 
-Work runs when it is submitted, which is one of the orders that CUDA allows. In the "late" mode it runs as late as events
-and synchronisations allow, which is another: a dependency that was forgotten then shows as wrong numbers.
+Work runs when it is submitted, which is one of the orders that CUDA allows. In the "late" mode it runs as late as
+events and synchronisations allow, which is another: a dependency that was forgotten then shows as wrong numbers.
 """
 
 from __future__ import annotations
