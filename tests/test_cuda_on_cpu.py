@@ -290,6 +290,15 @@ def test_bug_between_blocks(checked):
     assert bug_line("no_fence") in str(error.value)
 
 
+def test_two_arguments_may_share_memory(checked):
+    cp, get = checked
+    x = cp.zeros(64, f4)
+    get("unwritten")((1,), (32,), (x[:32], x[32:]))
+    get("unwritten")((1,), (32,), (x, x))  # each thread reads what it writes
+    with pytest.raises(EmulationError, match="race on global argument"):
+        get("unwritten")((1,), (32,), (x[1:], x))
+
+
 def test_local_array_out_of_bounds(checked):
     cp, get = checked
     x, y = cp.zeros(8, f4), cp.zeros(8, f4)
@@ -677,6 +686,12 @@ struct Record { float rate; int step; double scale; };
 extern "C" __global__ void f(const float* x, int* y, int n, float a, bool flag) {
   if (flag) y[threadIdx.x] = int(x[threadIdx.x] * a) + n;
 }
+template <int N> struct Tile { static constexpr int threads = N; };
+template <class T> __global__ void __launch_bounds__((T::threads), 2) bounded(int* x);
+template <class T>
+__global__ void __launch_bounds__((T::threads), 2) bounded(int* x) {
+  x[threadIdx.x] = 1;
+}
 extern "C" __global__ void doubles(double* x, double a, long long n) { x[0] = a + n; }
 extern "C" __global__ void structs(Bits* b, const float4* v, Record r, const float* maybe) {
   b[0].bits = (unsigned short)(r.rate + r.step + r.scale + v[1].w);
@@ -695,6 +710,13 @@ extern "C" __global__ void dynamic(int* x) {
 @pytest.fixture
 def cp():
     return emulated()
+
+
+def test_launch_bounds(cp):
+    bounded, x = kernels(cp, ARGUMENTS, "bounded<Tile<64>>")("bounded<Tile<64>>"), cp.zeros(96, i4)
+    bounded((1,), (64,), (x,))
+    with pytest.raises(EmulationError, match=r"more threads than __launch_bounds__\(\(T::threads\)\)"):
+        bounded((1,), (96,), (x,))
 
 
 def test_arguments(cp):

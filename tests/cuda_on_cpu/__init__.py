@@ -2,6 +2,7 @@
 
 from .compiler import missing
 from .emulated_cupy import emulated
-from .emulator import SCHEDULES, EmulationError
+from .emulator import SCHEDULES
+from .errors import EmulationError
 
 __all__ = ["SCHEDULES", "EmulationError", "emulated", "missing"]

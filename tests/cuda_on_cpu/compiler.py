@@ -117,9 +117,10 @@ _WORDS_BEFORE_TYPE = {"volatile", "const", "typename", "unsigned", "signed", "lo
 
 
 def rewrite(source: str) -> str:
-    """Every `__shared__` declaration as a macro of device.h; lines stay where they are."""
+    """Every `__shared__` declaration as a macro of device.h, launch bounds as a check; lines stay where they are."""
     source = _COMMENT_OR_STRING.sub(_blank_comment, source)
     source = _SHARED.sub(_rewrite_declaration, source)
+    source = _check_launch_bounds(source)
     if re.search(r"(?<!\w)__shared__", source):
         raise CompileError("a __shared__ declaration that cuda_on_cpu does not know: write `__shared__ T name[n];`")
     return source
@@ -150,6 +151,29 @@ def _macro(extern: str | None, alignment: str, type_: str, declarator: str) -> s
     # A comma in Tile<64, 8>::rows would end the macro's argument; in parentheses it does not. The type comes last.
     dims = re.sub(r"\[(.*?)\](?=\s*(?:\[|$))", r"[(\1)]", dims)
     return f"CUDA_ON_CPU_SHARED(({alignment}), {name}, {dims}, {type_})"
+
+
+def _check_launch_bounds(source: str) -> str:
+    """Puts the check of `__launch_bounds__(n)` at the beginning of the kernel's body."""
+    pieces, start = [], 0
+    for match in re.finditer(r"(?<!\w)__launch_bounds__\s*\(", source):
+        end = _closing(source, match.end())
+        body = re.compile(r"[{;]").search(source, end)
+        if body is None or body[0] == ";":
+            continue
+        threads = _split_commas(source[match.end() : end])[0]
+        pieces += [source[start : body.end()], f" CUDA_ON_CPU_LAUNCH_BOUNDS({' '.join(threads.split())})"]
+        start = body.end()
+    return "".join(pieces) + source[start:]
+
+
+def _closing(text: str, position: int) -> int:
+    """Where the parenthesis closes that was opened before `position`."""
+    depth = 1
+    while depth and position < len(text):
+        depth += (text[position] == "(") - (text[position] == ")")
+        position += 1
+    return position - 1
 
 
 def _split_type(declaration: str) -> tuple[str, str]:

@@ -49,6 +49,11 @@
   auto& name = *reinterpret_cast<__VA_ARGS__(*) dims>(cuda_on_cpu_shared(&cuda_on_cpu_variable_##name));
 #define CUDA_ON_CPU_DYNAMIC_SHARED(name, ...) auto* name = reinterpret_cast<__VA_ARGS__*>(cuda_on_cpu_dynamic_shared());
 
+// The same for `__launch_bounds__(threads)`, at the beginning of a kernel's body.
+#define CUDA_ON_CPU_LAUNCH_BOUNDS(...)                      \
+  if (blockDim.x * blockDim.y * blockDim.z > (__VA_ARGS__)) \
+    cuda_on_cpu_trap("more threads than __launch_bounds__(" #__VA_ARGS__ ")", cuda_on_cpu::Site::here());
+
 namespace cuda_on_cpu {
 template <size_t ALIGNMENT, class T>
 struct alignas(ALIGNMENT < alignof(T) ? alignof(T) : ALIGNMENT) Aligned {

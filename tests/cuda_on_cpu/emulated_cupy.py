@@ -12,8 +12,9 @@ import numpy as np
 
 from . import arrays, streams
 from .compiler import missing
-from .emulator import CUDARuntimeError, EmulationError, Emulator, Operation, OutOfMemoryError
-from .kernels import CompileException, CUDADriverError, RawKernel, RawModule
+from .emulator import Emulator, Operation
+from .errors import CompileException, CUDADriverError, CUDARuntimeError, EmulationError, OutOfMemoryError
+from .kernels import RawKernel, RawModule
 from .memory import PinnedMemory
 
 __all__ = ["emulated"]

@@ -7,51 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from .errors import EmulationError, OutOfMemoryError
 from .memory import Allocation, DeviceMemory
 
-__all__ = ["SCHEDULES", "CUDARuntimeError", "Counters", "EmulationError", "Emulator", "Operation", "OutOfMemoryError"]
+__all__ = ["SCHEDULES", "Counters", "Emulator", "Operation"]
 
 SCHEDULES = ("forward", "reverse", "shuffled", "warps", "warps_reversed")
 """Orders in which threads and blocks run; "warps" lets one warp go as far as it can before the next."""
 
 SHARED_MEMORY = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99}
 """Most shared memory of a block by compute capability, in KiB (CUDA C++ Programming Guide)."""
-
-ERRORS = {
-    1: ("cudaErrorInvalidValue", "invalid argument"),
-    101: ("cudaErrorInvalidDevice", "invalid device ordinal"),
-    400: ("cudaErrorInvalidResourceHandle", "invalid resource handle"),
-    900: ("cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"),
-    901: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"),
-    904: ("cudaErrorStreamCaptureUnjoined", "capturing stream has unjoined work"),
-    905: ("cudaErrorStreamCaptureIsolation", "dependency created on uncaptured work in another stream"),
-    906: (
-        "cudaErrorStreamCaptureImplicit",
-        "operation would make the legacy stream depend on a capturing blocking stream",
-    ),
-    907: ("cudaErrorCapturedEvent", "operation not permitted on an event last recorded in a capturing stream"),
-}
-
-
-class EmulationError(RuntimeError):
-    """A kernel, or the way in which it was launched, is wrong."""
-
-
-class CUDARuntimeError(RuntimeError):
-    """What the CUDA runtime would have answered; `status` is its number."""
-
-    def __init__(self, status: int, detail: str = "") -> None:
-        self.status = status
-        name, description = ERRORS[status]
-        super().__init__(f"{name}: {description}" + (f" ({detail})" if detail else ""))
-
-
-class OutOfMemoryError(MemoryError):
-    """The device has not that much memory."""
-
-    def __init__(self, size: int, total: int, limit: int = 0) -> None:
-        self._size, self._total, self._limit = size, total, limit
-        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,} bytes).")
 
 
 @dataclass

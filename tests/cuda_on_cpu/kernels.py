@@ -18,32 +18,18 @@ import numpy as np
 
 from . import compiler
 from .arrays import ndarray
-from .emulator import SCHEDULES, EmulationError, Operation
+from .emulator import SCHEDULES, Operation
+from .errors import CompileException, CUDADriverError, EmulationError
 
 if TYPE_CHECKING:
     from .emulator import Emulator
     from .memory import Allocation
 
-__all__ = ["CUDADriverError", "CompileException", "RawKernel", "RawModule"]
+__all__ = ["RawKernel", "RawModule"]
 
 DEFAULT_SHARED_MEMORY = 48 << 10
 
 _running = threading.Lock()  # the run-time has one set of fibers
-
-
-class CompileException(Exception):
-    """As `cupy.cuda.compiler.CompileException`."""
-
-    def __init__(self, msg: str, source: str, name: str, options: Sequence[str], backend: str = "nvrtc") -> None:
-        self._msg, self.source, self.name, self.options, self.backend = msg, source, name, options, backend
-        super().__init__(msg)
-
-    def get_message(self) -> str:
-        return self._msg
-
-
-class CUDADriverError(RuntimeError):
-    """As `cupy.cuda.driver.CUDADriverError`."""
 
 
 class _ArrayArgument(ctypes.Structure):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import gc
 import mmap
 import os
 import weakref
 
 import numpy as np
 
+from .errors import EmulationError
+
 __all__ = ["Allocation", "DeviceMemory", "PinnedMemory"]
 
-ADDRESS_SPACE = 1 << 40
+ADDRESS_SPACE = 1 << 38
+"""Bytes that can ever be allocated on one device. Reserved twice in checked mode, of the 2⁴⁷ that a process has."""
 PAGE = 4096
 ALIGNMENT = 512
 """Of every allocation, and no better: what cudaMalloc and CuPy's pool promise."""
@@ -33,6 +37,7 @@ class DeviceMemory:
         self.file = os.memfd_create("cuda_on_cpu")
         weakref.finalize(self, os.close, self.file)
         os.ftruncate(self.file, ADDRESS_SPACE)
+        gc.collect()  # devices that are no longer used are in reference cycles, and each holds address space
         self._mapping = mmap.mmap(self.file, ADDRESS_SPACE, flags=mmap.MAP_SHARED | NO_RESERVE)
         self.bytes = np.frombuffer(self._mapping, np.uint8)
         self.base = self.bytes.ctypes.data
@@ -48,6 +53,8 @@ class DeviceMemory:
         """New memory, full of NaN, so that what a kernel forgets to write shows up."""
         offset = self._top + ALIGNMENT
         end = (offset + nbytes + PAGE - 1) // PAGE * PAGE
+        if end + PAGE > ADDRESS_SPACE:
+            raise EmulationError("this device's addresses are used up, as none is used twice: make a new one")
         self._top = end + PAGE
         self.bytes[offset : offset + nbytes] = 0xFF
         allocation = Allocation(self.base + offset, nbytes)

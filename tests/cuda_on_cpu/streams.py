@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .emulator import CUDARuntimeError, EmulationError, Operation
+from .emulator import Operation
+from .errors import CUDARuntimeError, EmulationError
 
 if TYPE_CHECKING:
     from .emulator import Emulator
@@ -52,7 +53,7 @@ class Streams:
         self.Stream = type("Stream", (Stream,), {"_streams": self})
         self.Event = type("Event", (Event,), {"_streams": self})
         self.null = self.Stream.null = self.Stream._create(non_blocking=False, handle=0)
-        self.all: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary({0: self.null})
+        self.all: dict[int, Stream] = {0: self.null}  # what a stream was given runs, even if the host drops it
         self._local = threading.local()
         self.captures: list[_Capture] = []
 
