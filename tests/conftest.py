@@ -9,12 +9,12 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-import cuda_on_cpu
 import numpy as np
 import pytest
 from scipy.special import expit, log_expit, ndtr
 
 import backprop_gpu as bp
+import cuda_on_cpu
 from backprop_gpu.backends import cuda, selection
 from backprop_gpu.backends.numpy import DERIVATIVE, FORWARD
 
@@ -53,6 +53,10 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 """Largest error of an operation by dtype, relative to the largest entry of its float64 reference."""
 
 
+OPERATION_FILES = ("test_contract", "test_operations", "test_stability")
+"""The test files that a slow candidate takes; whole trainings it has tests of its own for."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A backend as the tests run it."""
@@ -78,10 +82,9 @@ def _candidates():
         if status.automatic:
             yield Candidate(status.name, status.name, status.name in GPU_BACKENDS)
         elif status.name == "cuda" and status.works:
-            yield Candidate("cuda-on-cpu", "cuda", False)
+            yield Candidate("cuda-on-cpu", "cuda", False, OPERATION_FILES)
         elif status.works:
-            files = ("test_contract", "test_operations", "test_stability")
-            yield Candidate(f"{status.name}-simulator", status.name, False, files, 1 << 14)
+            yield Candidate(f"{status.name}-simulator", status.name, False, OPERATION_FILES, 1 << 14)
 
 
 def _parameters(entries, on_gpu):

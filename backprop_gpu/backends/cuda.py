@@ -97,13 +97,30 @@ class CudaBackend(Backend):
         cp = self.cp
         if not isinstance(x, cp.ndarray):
             x = self._taken(x, dtype)
-        here = cp.cuda.Device().id
+        self._check_device("the array", x)
+        return cp.ascontiguousarray(x, dtype)
+
+    def _check_device(self, name: str, x: Array) -> None:
+        here = self.cp.cuda.Device().id
         if x.device.id != here:
             raise ValueError(
-                f"the array is on GPU {x.device.id}, and the current device is GPU {here}; "
+                f"{name} is on GPU {x.device.id}, and the current device is GPU {here}; "
                 f"use `with cupy.cuda.Device({x.device.id}):`, or copy the array"
             )
-        return cp.ascontiguousarray(x, dtype)
+
+    def _check_arrays(self, **arrays: Array | None) -> None:
+        """TypeError or ValueError for an array that a kernel cannot read as it is."""
+        for name, x in arrays.items():
+            if x is None:
+                continue
+            if not isinstance(x, self.cp.ndarray):
+                kind = f"{type(x).__module__}.{type(x).__name__}"
+                raise TypeError(f"{name} must be a CuPy array on the GPU; got {kind}: take it there by ops.asarray")
+            if not x.flags.c_contiguous:
+                raise ValueError(
+                    f"{name} must be C-contiguous; got strides {x.strides}: ops.asarray makes a copy that is"
+                )
+            self._check_device(name, x)
 
     def _taken(self, x: Any, dtype: str | None) -> Array:
         """An array of another library, by its interface, or from the host."""
@@ -151,10 +168,12 @@ class CudaBackend(Backend):
         a: Array,
         z: Array | None,
     ) -> None:
+        self._check_arrays(a_prev=a_prev, W=W, b=b, a=a, z=z)
         a_prev, W, dtype = self._operand(a_prev), self._operand(W), self.dtype or a_prev.dtype.name
         self.kernels.dense_forward(a_prev, W, b, a, z, activation.name, dropout, dtype=dtype)()
 
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
+        self._check_arrays(z=z, a=a)
         self.kernels.output_forward(z, a, output_activation)()
 
     def _output_delta(
@@ -166,6 +185,7 @@ class CudaBackend(Backend):
         sample_weight: Array | None,
         delta: Array,
     ) -> Array:
+        self._check_arrays(z=z, target=target, sample_weight=sample_weight, delta=delta)
         share = None
         if sample_weight is not None:
             share = self.cp.empty((len(z),), "float64")
@@ -185,6 +205,7 @@ class CudaBackend(Backend):
         dropout: Dropout | None,
         delta: Array,
     ) -> None:
+        self._check_arrays(delta_next=delta_next, W_next=W_next, kept=kept, delta=delta)
         delta_next, W_next, dtype = self._operand(delta_next), self._operand(W_next), self.dtype or delta.dtype.name
         self.kernels.dense_backward(delta_next, W_next, kept, delta, activation.name, dropout, dtype=dtype)()
 
@@ -198,6 +219,7 @@ class CudaBackend(Backend):
         dW: Array,
         db: Array,
     ) -> None:
+        self._check_arrays(a_prev=a_prev, delta=delta, W=W, dW=dW, db=db)
         cp, kernels = self.cp, self.kernels
         n_in, n_out = dW.shape
         plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.n_processors)
@@ -219,6 +241,7 @@ class CudaBackend(Backend):
         step: int,
         n_weights: int,
     ) -> None:
+        self._check_arrays(parameters=parameters, gradients=gradients, **state)
         cp, kernels = self.cp, self.kernels
         counts = [count for count in (n_weights, parameters.size - n_weights) if count]
         whole = [(count, 1, count == n_weights and i == 0) for i, count in enumerate(counts)]

@@ -390,7 +390,7 @@ def step_numbers(
     numbers[:, 4] = getattr(optimizer, "epsilon", 0.0)
     if isinstance(optimizer, Adam):
         t = np.arange(first_step + 1, first_step + 1 + len(numbers))
-        numbers[:, 4] = [optimizer.epsilon_at(step) for step in t]
+        numbers[:, 4] = [optimizer.epsilon_at(step) for step in t.tolist()]
         numbers[:, 2] = 1 / (1 - optimizer.beta_1**t)
         numbers[:, 3] = 1 / (1 - optimizer.beta_2**t)
     return numbers

@@ -41,6 +41,8 @@ class StepTrainer(Trainer):
         self.job, self.kernels, self.cp = job, kernels, kernels.cp
         self.stream = self.cp.cuda.Stream(non_blocking=True)
         self.graphs: dict[tuple[int, int], Any] = {}
+        self.captured: list[Launch] = []
+        """Whose arrays the graphs need as long as they live."""
         self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
             self.buffers = Buffers(job, kernels)
@@ -96,12 +98,14 @@ class StepTrainer(Trainer):
                 for launch in launches:
                     launch()
             self.graphs[key] = self.stream.end_capture()
+            self.captured += launches
         return self.graphs[key]
 
     def _make_room(self, n_steps: int) -> None:
         """Tables for so many steps; graphs hold the addresses of the ones that they were captured with."""
         if n_steps > self.tables.n_steps:
             self.graphs.clear()
+            self.captured.clear()
             self.tables = Tables(self.job, self.cp, n_steps)
 
     @contextmanager

@@ -1,0 +1,565 @@
+"""The CUDA C++ backend: every tile and alignment, whole steps as graphs, streams, memory, and its refusals.
+
+On a machine with an NVIDIA GPU the kernels run there (`pytest -m gpu`), and the tests of the emulation alone do not.
+"""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import backprop_gpu as bp
+import cuda_on_cpu
+from backprop_gpu import training
+from backprop_gpu.backends import cuda, cuda_data, cuda_plan, cuda_step, selection
+from backprop_gpu.backends.contract import Dropout
+from backprop_gpu.backends.cuda import CudaBackend
+from backprop_gpu.backends.numpy import NumpyBackend
+from backprop_gpu.optimizers import OPTIMIZERS
+
+NARROW = ("tf32", "bfloat16", "float16")
+REFERENCE = NumpyBackend()
+
+
+def devices():
+    status = next(status for status in bp.backends() if status.name == "cuda")
+    if status.automatic:
+        return [pytest.param("gpu", marks=pytest.mark.gpu)]
+    skip = [pytest.mark.skip(reason=f"no GPU, and none to be emulated: {cuda_on_cpu.missing()}")]
+    return [pytest.param("cpu", marks=skip if cuda_on_cpu.missing() else [])]
+
+
+@pytest.fixture(scope="module", params=devices())
+def fast(request):
+    """CuPy, or what stands for it, for numbers."""
+    return cuda._cupy() if request.param == "gpu" else cuda_on_cpu.emulated()
+
+
+@pytest.fixture(scope="module", params=devices())
+def checked(request):
+    """CuPy, or what stands for it and looks for races, reads and writes out of bounds, and reads before writes."""
+    return cuda._cupy() if request.param == "gpu" else cuda_on_cpu.emulated(checked=True)
+
+
+@pytest.fixture
+def emulated():
+    """emulated(**settings): a device of its own, never a GPU."""
+    if cuda_on_cpu.missing():
+        pytest.skip(f"nothing can be emulated: {cuda_on_cpu.missing()}")
+    return cuda_on_cpu.emulated
+
+
+def draw(*shape, seed=0, dtype="float32"):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def relative_error(actual, expected):
+    assert np.isfinite(expected).all()
+    assert np.abs(expected).max() > 0
+    assert np.isfinite(actual).all()
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+# Products: every tile in every layout, aligned and not, at its edges
+
+
+def put(backend, x, offset):
+    """`x` on the device, `offset` entries into a larger array."""
+    flat = backend.zeros((x.size + offset,), x.dtype)
+    view = flat[offset:].reshape(x.shape)
+    view[...] = backend.asarray(x)
+    return view
+
+
+def rounded(x, dtype):
+    """The float32 array `x` with as many bits as the dtype has."""
+    if dtype == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    dropped = {"bfloat16": 16, "tf32": 13}[dtype]
+    bits = x.view(np.uint32).astype(np.uint64)
+    half, odd = np.uint64(1 << (dropped - 1)), (bits >> np.uint64(dropped)) & np.uint64(1)
+    bits = bits + (half - np.uint64(1) + odd if dtype == "bfloat16" else half)  # to even; tf32: ties away from 0
+    return (bits >> np.uint64(dropped) << np.uint64(dropped)).astype(np.uint32).view(np.float32)
+
+
+def tolerance(dtype, k, naive):
+    """float32: 1e-6 over k up to 512; narrow dtypes: twice the error of a product of rounded operands."""
+    if dtype in NARROW:
+        return 2 * naive
+    return 1e-12 if dtype == "float64" else 1e-6 if k <= 512 else 1e-5
+
+
+TILES = [(dtype, tile) for dtype, tiles in cuda_plan.TILES.items() for tile in tiles]
+every_tile = pytest.mark.parametrize(("dtype", "tile"), TILES, ids=[f"{d}-{t.m}x{t.n}x{t.k}" for d, t in TILES])
+
+EDGES = {
+    "one": lambda tile: (1, 1, 1),
+    "less": lambda tile: (tile.m - 1, tile.n - 3, tile.k - 1),
+    "more": lambda tile: (tile.m + 1, tile.n + 1, 2 * tile.k + 1),
+    "aligned": lambda tile: (tile.m + 16, tile.n + 32, 4 * tile.k + 16),
+}
+"""m, n and k of a product, by the tile's."""
+
+
+def operate(backend, operation, tile, m, n, k, offset):
+    """(actual, expected, error of a naive product of rounded operands) for each output of the operation."""
+    dtype = backend.dtype
+    kind = "float64" if tile.dtype == "float64" else "float32"
+    narrow = (lambda x: rounded(x, dtype)) if dtype else (lambda x: x)
+    if operation == "dense_forward":
+        a, b, bias = draw(m, k, dtype=kind), draw(k, n, seed=1, dtype=kind), draw(n, seed=2, dtype=kind)
+        actual, _ = backend.dense_forward(
+            put(backend, a, offset), put(backend, b, offset), put(backend, bias, 1), "identity"
+        )
+        return [(actual, a.astype(float) @ b.astype(float) + bias, narrow(a) @ narrow(b) + bias)]
+    if operation == "dense_backward":
+        a, b, kept = draw(m, k, dtype=kind), draw(n, k, seed=1, dtype=kind), draw(m, n, seed=2, dtype=kind)
+        actual = backend.dense_backward(
+            put(backend, a, offset), put(backend, b, offset), put(backend, kept, offset), "silu"
+        )
+        slope = REFERENCE.dense_backward(np.ones((m, 1)), np.ones((n, 1)), kept.astype(float), "silu")
+        return [(actual, (a.astype(float) @ b.T.astype(float)) * slope, (narrow(a) @ narrow(b).T) * slope)]
+    a, b = draw(k, m, dtype=kind), draw(k, n, seed=1, dtype=kind)
+    dW, db = backend.dense_gradients(put(backend, a, offset), put(backend, b, offset))
+    return [
+        (dW, a.T.astype(float) @ b.astype(float), narrow(a).T @ narrow(b)),
+        (db, b.sum(axis=0, dtype=float), narrow(b).sum(axis=0)),
+    ]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("operation", cuda_plan.LAYOUTS)
+@every_tile
+def test_every_tile(checked, monkeypatch, dtype, tile, operation, edge):
+    monkeypatch.setattr(cuda_plan, "tile", lambda *_: tile)
+    monkeypatch.setattr(cuda_plan, "parts", lambda n_rows, *_: cuda_plan.Parts(tile, *parts_of(n_rows, tile)))
+    backend = CudaBackend(checked).computing_in(dtype)
+    m, n, k = EDGES[edge](tile)
+    for actual, exact, naive in operate(backend, operation, tile, m, n, k, offset=0 if edge == "aligned" else 1):
+        error = relative_error(backend.to_numpy(actual), exact)
+        assert error <= tolerance(dtype, k, relative_error(naive, exact))
+
+
+def parts_of(n_rows, tile):
+    """Two parts where there are rows for them."""
+    rows = max(tile.k, math.ceil(n_rows / 2 / tile.k) * tile.k)
+    return math.ceil(n_rows / rows), rows
+
+
+def test_large_products_under_every_schedule(emulated):
+    """Shapes that the planner divides by itself; the emulation compares the bytes that each schedule gives."""
+    backend = CudaBackend(emulated(schedules=cuda_on_cpu.SCHEDULES))
+    for m, n, k in ((211, 193, 307), (4, 257, 509), (521, 10, 131)):
+        for operation in cuda_plan.LAYOUTS:
+            for actual, exact, _ in operate(backend, operation, SimpleNamespace(dtype="float32"), m, n, k, 0):
+                assert relative_error(backend.to_numpy(actual), exact) <= 1e-6
+
+
+def test_an_operation_repeats_to_the_bit(fast):
+    backend = CudaBackend(fast)
+    a, delta = backend.asarray(draw(3001, 17)), backend.asarray(draw(3001, 5, seed=1))
+    results = [backend.dense_gradients(a, delta) for _ in range(2)]
+    for x, y in zip(*results, strict=True):
+        assert backend.to_numpy(x).tobytes() == backend.to_numpy(y).tobytes()
+
+
+# The plan
+
+
+@pytest.mark.parametrize("n_rows", [1, 31, 32, 33, 1000, 1024, 1025, 16384, 1_000_003])
+@pytest.mark.parametrize("dtype", cuda_plan.TILES)
+def test_parts_take_all_rows_and_none_is_long(n_rows, dtype):
+    for n_in, n_out in ((1, 1), (784, 256), (4096, 4096)):
+        plan = cuda_plan.parts(n_rows, n_in, n_out, dtype, 132)
+        assert (plan.n_parts - 1) * plan.rows_per_part < n_rows <= plan.n_parts * plan.rows_per_part
+        assert plan.rows_per_part % plan.tile.k == 0
+        assert plan.rows_per_part <= cuda_plan.MOST_ROWS_PER_PART
+
+
+@every_tile
+def test_every_tile_fits_into_every_gpus_shared_memory(dtype, tile):
+    """64 KiB, compute capability 7.5."""
+    assert max(tile.shared_bytes(layout) for layout in cuda_plan.LAYOUTS.values()) <= 64 << 10
+
+
+def test_small_batches_and_skinny_outputs_get_small_tiles():
+    for dtype in cuda_plan.TILES:
+        assert cuda_plan.tile(128, 256, 784, dtype, 132).m <= 64
+        assert cuda_plan.tile(16384, 10, 64, dtype, 132).n <= 32
+        assert cuda_plan.tile(4096, 4096, 4096, dtype, 132).m >= 64
+
+
+# Whole steps
+
+
+SIZES = [13, 19, 11, 3]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(cp): networks of `backend="cuda"` use it."""
+
+    def on(cp):
+        monkeypatch.setattr(selection, "_instance", lambda name: CudaBackend(cp) if name == "cuda" else REFERENCE)
+
+    return on
+
+
+def data(loss="cross_entropy", n=101, n_out=SIZES[-1]):
+    X = draw(n, SIZES[0], seed=1)
+    if loss == "cross_entropy":
+        return X, np.arange(n) * 7 % n_out
+    y = np.abs(draw(n, n_out, seed=2))
+    return X, np.minimum(y, 1) if loss == "binary_cross_entropy" else np.round(y) if loss == "poisson" else y
+
+
+def trained(
+    backend, X, y, *, dtype="float64", epochs=2, batch_size=32, optimizer="adam", sample_weight=None, **settings
+):
+    """(losses, parameters) of a run."""
+    net = bp.MLP(SIZES, backend=backend, dtype=dtype, seed=3, **settings)
+    history = net.fit(
+        X, y, epochs=epochs, batch_size=batch_size, optimizer=optimizer, sample_weight=sample_weight, progress=False
+    )
+    return np.array(history["loss"]), net.ops.to_numpy(net.parameters)
+
+
+def assert_same_run(actual, expected, dtype="float64"):
+    for x, y in zip(actual, expected, strict=True):
+        assert relative_error(x, y) <= {"float64": 1e-11, "float32": 1e-4}[dtype]
+
+
+SETTINGS = {
+    "plain": {},
+    "from z": {"activation": ["gelu", "mish"]},
+    "dropout": {"activation": ["tanh", "silu"], "dropout": [0.25, 0.5]},
+    "penalty": {"alpha": 0.1},
+    "huber": {"loss": bp.Huber(0.5), "output_activation": "tanh"},
+    "poisson": {"loss": "poisson"},
+    "binary": {"loss": "binary_cross_entropy"},
+    "smoothed": {"loss": bp.CrossEntropy(label_smoothing=0.1)},
+    "one row": {"batch_size": 1, "epochs": 1},
+    "all rows": {"batch_size": 101},
+    "clipped": {"optimizer": bp.AdamW(clip_norm=0.1), "alpha": 0.01},
+    "nesterov": {"optimizer": bp.SGD(momentum=0.9, nesterov=True)},
+    "epsilon hat": {"optimizer": bp.Adam(epsilon=1e-3, epsilon_hat=True)},
+    **{name: {"optimizer": name} for name in OPTIMIZERS},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_steps_agree_with_the_reference(checked, on, setting):
+    on(checked)
+    settings = SETTINGS[setting]
+    loss = bp.losses.get(settings.get("loss", "cross_entropy")).name
+    X, y = data(loss)
+    assert_same_run(trained("cuda", X, y, **settings), trained("numpy", X, y, **settings))
+
+
+def test_weighted_rows(checked, on):
+    on(checked)
+    X, y = data()
+    w = np.random.default_rng(0).random(len(X)) * (np.arange(len(X)) % 3 != 1)
+    assert_same_run(trained("cuda", X, y, sample_weight=w), trained("numpy", X, y, sample_weight=w))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_hundred_steps_give_the_references_loss_curve(fast, on, dtype):
+    on(fast)
+    X, y = data(n=331)
+    settings = {"dtype": dtype, "epochs": 10, "dropout": 0.1, "activation": ["gelu", "relu"], "batch_size": 32}
+    assert_same_run(trained("cuda", X, y, **settings), trained("numpy", X, y, **settings), dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_dtypes_follow_the_references_loss_curve(fast, on, dtype):
+    """To what rounding the operands costs: 2⁻⁸ of bfloat16's numbers, 2⁻¹¹ of the others'."""
+    on(fast)
+    X, y = data(n=331)
+    settings = {"epochs": 10, "activation": ["silu", "tanh"]}
+    losses, parameters = trained("cuda", X, y, dtype=dtype, **settings)
+    expected, _ = trained("numpy", X, y, dtype="float32", **settings)
+    assert parameters.dtype == np.float32
+    assert relative_error(losses, expected) <= (4e-3 if dtype == "bfloat16" else 5e-4)
+    assert expected[-1] < 0.9 * expected[0]
+
+
+@pytest.mark.parametrize("activation", bp.ACTIVATIONS)
+def test_gradients_against_finite_differences(fast, on, activation):
+    on(fast)
+    X, y = data(n=7)
+    net = bp.MLP(SIZES, activation=activation, backend="cuda", dtype="float64", seed=3)
+    assert bp.gradcheck(net, X, y).worst <= (1e-6 if bp.ACTIVATIONS[activation].has_kink else 1e-7)
+
+
+def test_a_run_repeats_to_the_bit(fast, on):
+    on(fast)
+    X, y = data()
+    runs = [trained("cuda", X, y, dtype="float32", dropout=0.3)[1].tobytes() for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def job_of(net, X, y, batch_size=32, optimizer="adam"):
+    return training._job(net, bp.optimizers.get(optimizer), net._take_in(X, y, None), batch_size, 0)
+
+
+def run(trainer, n_rows, batch_size=32, first_step=0, after_step=lambda n_rows: True):
+    n_steps = -(-n_rows // batch_size)
+    return trainer.run(np.arange(n_rows), np.full(n_steps, 0.01), np.zeros(n_steps), first_step, after_step)
+
+
+def test_an_epoch_stays_on_the_device(emulated, on):
+    """3 L + 2 launches a step, all of them from graphs; one synchronisation, no allocation in a second epoch."""
+    cp = emulated()
+    on(cp)
+    X, y = data(n=331)
+    net = bp.MLP(SIZES, backend="cuda")
+    trainer = net.ops.trainer(job_of(net, X, y))
+    run(trainer, 331)
+    cp.emulator.reset()
+    run(trainer, 331, first_step=11)
+    counters = cp.emulator.counters
+    assert counters.launches.total() == 11 * (3 * 3 + 2)
+    assert not counters.direct_launches
+    assert counters.graph_launches == 4  # 8 steps, 2, and the last 11 rows
+    assert counters.synchronisations == 1
+    assert counters.allocations == 0
+    assert counters.captures == 0
+
+
+def test_a_caller_that_has_enough_stops_the_run_there(fast, on, monkeypatch):
+    monkeypatch.setattr(cuda_data, "STEPS_PER_WINDOW", 3)
+    monkeypatch.setattr(cuda_data.ResidentData, "steps", 3)
+    on(fast)
+    X, y = data()
+    parameters = {}
+    for n_rows, answers in ((96, [True]), (101, [False])):
+        net, seen = bp.MLP(SIZES, backend="cuda", dropout=0.5), []
+        job = job_of(net, X, y)
+
+        def after_step(n, seen=seen, answers=answers):
+            seen.append(n)
+            return answers[0]
+
+        run(net.ops.trainer(job), n_rows, after_step=after_step)
+        assert seen[0] == 96
+        parameters[n_rows] = net.ops.to_numpy(net.parameters)
+    assert np.array_equal(parameters[96], parameters[101])
+
+
+def test_steps_go_on_from_where_a_run_ended(fast, on):
+    """Dropout masks and bias corrections count on, whatever the calls that the steps come in."""
+    on(fast)
+    X, y = data(n=96)
+    parameters = []
+    for calls in ([96], [32, 64]):
+        net, done = bp.MLP(SIZES, backend="cuda", dropout=0.5), 0
+        trainer = net.ops.trainer(job_of(net, X, y))
+        for n in calls:
+            order = np.arange(done, done + n)
+            trainer.run(order, np.full(n // 32, 0.01), np.zeros(n // 32), done // 32, lambda n_rows: True)
+            done += n
+        parameters.append(net.ops.to_numpy(net.parameters))
+    assert np.array_equal(*parameters)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_streams_are_ordered(emulated, on, late):
+    """The trainer's stream after the caller's, and that after the trainer's, also where all run late."""
+    cp = emulated(late=late)
+    on(cp)
+    X, y = data()
+    expected = trained("numpy", X, y)
+    with cp.cuda.Stream(non_blocking=True):
+        assert_same_run(trained("cuda", X, y), expected)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_data_that_does_not_fit_is_streamed(emulated, on, monkeypatch, late):
+    X, y = data()
+    on(emulated())
+    expected = trained("cuda", X, y)
+    monkeypatch.setattr(cuda_data, "BYTES_PER_WINDOW", 2 * 32 * X.shape[1] * 8)
+    cp = emulated(late=late)
+    on(cp)
+    for rows in (sparse.csr_array(X), X):
+        monkeypatch.setattr(cuda_data, "SHARE_OF_MEMORY", 0.0)
+        assert_same_run(trained("cuda", rows, y), expected)
+
+
+def test_float16_leaves_out_a_step_that_overflows_and_scales_down(fast, on, monkeypatch):
+    on(fast)
+    monkeypatch.setattr(cuda_step, "FIRST_LOSS_SCALE", 2.0**30)
+    X, y = data(n=32)
+    net = bp.MLP(SIZES, backend="cuda", dtype="float16")
+    before = net.ops.to_numpy(net.parameters)
+    trainer = net.ops.trainer(job_of(net, X, y))
+    run(trainer, 32)
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+    assert trainer.buffers.loss_scale.get().tolist() == [2.0**29, 0]
+    for step in range(1, 20):
+        run(trainer, 32, first_step=step)
+    scale, steps_since = trainer.buffers.loss_scale.get()
+    assert 2.0**10 < scale < 2.0**29
+    assert steps_since > 0
+    assert not np.array_equal(net.ops.to_numpy(net.parameters), before)
+
+
+def test_parameters_changed_from_outside_between_runs(fast, on):
+    """Also where steps work with a narrow copy of them."""
+    on(fast)
+    X, y = data(n=64)
+    parameters = []
+    for _ in range(2):
+        net = bp.MLP(SIZES, backend="cuda", dtype="bfloat16")
+        start = net.ops.to_numpy(net.parameters)
+        trainer = net.ops.trainer(job_of(net, X, y, optimizer="sgd"))
+        if parameters:
+            run(trainer, 64)
+            net.parameters[...] = net.ops.asarray(start)
+        run(trainer, 64)
+        parameters.append(net.ops.to_numpy(net.parameters))
+    assert np.array_equal(*parameters)
+
+
+# Arrays of others
+
+
+def test_arrays_on_the_device_are_taken_as_they_are(fast):
+    backend = CudaBackend(fast)
+    x = fast.asarray(draw(5, 7))
+    assert backend.asarray(x).data.ptr == x.data.ptr
+    assert backend.asarray(SimpleNamespace(__cuda_array_interface__=x.__cuda_array_interface__)).data.ptr == x.data.ptr
+    exchanged = SimpleNamespace(__dlpack__=x.__dlpack__, __dlpack_device__=x.__dlpack_device__)
+    assert backend.asarray(exchanged).data.ptr == x.data.ptr
+
+
+def test_an_array_that_is_not_contiguous_is_copied(fast):
+    backend = CudaBackend(fast)
+    x = draw(6, 8)
+    taken = backend.asarray(fast.asarray(x)[:, ::2])
+    assert taken.flags.c_contiguous
+    assert np.array_equal(backend.to_numpy(taken), x[:, ::2])
+
+
+def test_an_array_on_another_device_is_refused(fast):
+    class Elsewhere(fast.ndarray):
+        device = SimpleNamespace(id=7)
+
+    backend = CudaBackend(fast)
+    x = fast.empty((3,), "float32")
+    x.__class__ = Elsewhere
+    with pytest.raises(ValueError, match=r"on GPU 7, and the current device is GPU 0; use `with cupy.cuda.Device\(7\)"):
+        backend.asarray(x)
+
+
+def test_arrays_that_no_kernel_can_read_are_refused(fast):
+    backend = CudaBackend(fast)
+    x = draw(4, 4)
+    with pytest.raises(TypeError, match=r"a_prev must be a CuPy array on the GPU; got numpy.ndarray.*ops.asarray"):
+        backend.dense_forward(x, x, x[0].copy(), "relu")
+    on_device = fast.asarray(draw(4, 8))
+    with pytest.raises(ValueError, match="W must be C-contiguous; got strides"):
+        backend.dense_forward(on_device[:, :4].copy(), on_device[:, ::2], on_device[0, :4], "relu")
+
+
+# What it says when it cannot
+
+
+def driver(**settings):
+    """A CuPy of which only what `probe` asks is there."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def answer(value):
+        def ask():
+            if isinstance(value, str):
+                raise CUDARuntimeError(value)
+            return value
+
+        return ask
+
+    settings = {"driver": 13000, "built_for": 12090, "n_devices": 1, "capability": "90", **settings}
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        driverGetVersion=answer(settings["driver"]),
+        runtimeGetVersion=answer(settings["built_for"]),
+        getDeviceCount=answer(settings["n_devices"]),
+    )
+    device = SimpleNamespace(compute_capability=settings["capability"])
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: device))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"n_devices": "cudaErrorInsufficientDriver"}, "finds no usable NVIDIA driver.*install the driver"),
+        ({"n_devices": 0}, "CUDA_VISIBLE_DEVICES"),
+        ({"driver": 11080}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
+        ({"driver": 12040, "built_for": 13000}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
+        ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
+    ],
+)
+def test_a_machine_that_cannot_says_why(settings, reason):
+    import re
+
+    assert re.search(reason, cuda.probe(driver(**settings)))
+
+
+def test_a_machine_that_can():
+    assert cuda.probe(driver()) is None
+    assert cuda.probe(driver(driver=12000, built_for=12090)) is None
+
+
+def test_a_missing_cupy_names_the_package(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'cupy'")
+
+    monkeypatch.setattr(cuda, "_cupy", missing)
+    status = selection._status.__wrapped__("cuda")
+    assert not status.works
+    assert "pip install cupy-cuda12x" in status.reason
+
+
+def test_narrow_dtypes_by_compute_capability(emulated):
+    assert CudaBackend(emulated(compute_capability="75")).dtypes == ("float32", "float64", "float16")
+    assert CudaBackend(emulated(compute_capability="80")).dtypes == tuple(cuda_plan.NUMBERS)
+
+
+def test_turing_trains(emulated, on):
+    """Without asynchronous copies, with half as deep an mma."""
+    on(emulated(checked=True, compute_capability="75"))
+    X, y = data()
+    assert_same_run(trained("cuda", X, y), trained("numpy", X, y))
+    losses, _ = trained("cuda", X, y, dtype="float16")
+    assert relative_error(losses, trained("numpy", X, y, dtype="float32")[0]) <= 5e-4
+
+
+def test_out_of_memory_says_how_much_was_wanted_and_what_to_change(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data()
+    net = bp.MLP([SIZES[0], 4096, 3], backend="cuda")
+    before = net.ops.to_numpy(net.parameters)
+    cp.emulator.memory_size = cp.emulator.memory.used + (1 << 20)
+    with pytest.raises(MemoryError, match=r"batch_size=101 takes \d+ MiB of the GPU.*smaller batch_size"):
+        net.fit(X, y, batch_size=101)
+    cp.emulator.memory_size = 80 << 30
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+    net.fit(X, y, batch_size=10, epochs=1)
+
+
+def test_dropout_of_the_operations_and_of_the_steps_is_the_same(fast):
+    backend = CudaBackend(fast)
+    ones = [backend.asarray(x) for x in (np.ones((9, 1)), np.zeros((1, 6)), np.ones(6))]
+    dropout = Dropout(0.5, seed=2**40 + 3, layer=1, step=2**32 + 7)
+    a, _ = backend.dense_forward(*ones, "identity", dropout=dropout)
+    counted = backend.empty((9, 6), "float64")
+    counter = backend.cp.asarray(np.array([7], np.uint32))
+    at_0 = dropout._replace(step=0)
+    backend.kernels.dense_forward(*ones, counted, None, "identity", at_0, counter, dtype="float64")()
+    assert np.array_equal(backend.to_numpy(a), backend.to_numpy(counted))
+    assert 0 < (backend.to_numpy(a) == 0).mean() < 1
