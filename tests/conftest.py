@@ -9,12 +9,12 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-import cuda_on_cpu
 import numpy as np
 import pytest
 from scipy.special import expit, log_expit, ndtr
 
 import backprop_gpu as bp
+import cuda_on_cpu
 from backprop_gpu.backends import cuda, selection
 from backprop_gpu.backends.numpy import DERIVATIVE, FORWARD
 
