@@ -37,13 +37,12 @@ class DeviceMemory:
         self.file = os.memfd_create("cuda_on_cpu")
         weakref.finalize(self, os.close, self.file)
         os.ftruncate(self.file, ADDRESS_SPACE)
-        gc.collect()  # devices that are no longer used are in reference cycles, and each holds address space
-        self._mapping = mmap.mmap(self.file, ADDRESS_SPACE, flags=mmap.MAP_SHARED | NO_RESERVE)
+        self._mapping = _reserve(self.file, mmap.MAP_SHARED)
         self.bytes = np.frombuffer(self._mapping, np.uint8)
         self.base = self.bytes.ctypes.data
         # Which bytes have ever been written: checked kernels may read no others.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
-        self.written = np.frombuffer(mmap.mmap(-1, ADDRESS_SPACE, flags=flags), np.uint8) if checked else None
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.written = np.frombuffer(_reserve(-1, anonymous), np.uint8) if checked else None
         self.used = 0
         self._top = PAGE
         self._addresses: list[int] = []
@@ -87,6 +86,14 @@ class DeviceMemory:
         flags = self.written[view.ctypes.data - self.base :]
         shape, strides = (*view.shape, view.itemsize), (*view.strides, 1)
         np.lib.stride_tricks.as_strided(flags, shape, strides)[...] = 1
+
+
+def _reserve(file: int, flags: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(file, ADDRESS_SPACE, flags=flags | NO_RESERVE)
+    except OSError:  # devices that are no longer used are in reference cycles, and each holds address space
+        gc.collect()
+        return mmap.mmap(file, ADDRESS_SPACE, flags=flags | NO_RESERVE)
 
 
 class PinnedMemory(mmap.mmap):
