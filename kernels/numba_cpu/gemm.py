@@ -240,23 +240,24 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
 
 
 @intrinsic
-def transpose_square(typing_context, x, x_start, y, y_start):
-    """y = xᵀ for BLOCK_ROWS × BLOCK_ROWS elements of a panel, in registers."""
+def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
+    """y = xᵀ for BLOCK_ROWS × BLOCK_ROWS elements, in registers; from row to row it is `x_step`, `y_step` elements."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, x_start, _, y_start = arguments
-        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        _, x_start, x_step, _, y_start, y_step = arguments
+        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
         vectors = _Vectors(builder, signature.args[0].dtype, 1, lanes=BLOCK_ROWS)
         x, y = vectors.pointer(x, x_start), vectors.pointer(y, y_start)
-        rows = [vectors.load(vectors.pointer(x, i * vectors.panel)) for i in range(BLOCK_ROWS)]
+        rows = [vectors.load(vectors.pointer(x, builder.mul(SIZE(i), x_step))) for i in range(BLOCK_ROWS)]
         half = BLOCK_ROWS // 2
         for _ in range(half.bit_length()):  # log₂ BLOCK_ROWS perfect shuffles of the rows are a transposition
             rows = [row for i in range(half) for row in vectors.interleave(rows[i], rows[i + half])]
         for i, row in enumerate(rows):
-            vectors.store(row, vectors.pointer(y, i * vectors.panel))
+            vectors.store(row, vectors.pointer(y, builder.mul(SIZE(i), y_step)))
         return context.get_dummy_value()
 
-    return types.void(x, types.intp, y, types.intp), generate
+    size = types.intp
+    return types.void(x, size, size, y, size, size), generate
 
 
 # The last panel often holds few columns (10 classes, 1 output): then one vector a row is enough.

@@ -307,7 +307,7 @@ def transpose_blocks(layer, memory, first, last):
         to = layer.T + row // panel * layer.T_stride + p * panel * panel + row % panel
         block = layer.W + number * size
         for column in range(0, min(panel, layer.n_out - p * panel), BLOCK_ROWS):
-            transpose_square(memory.parameters, block + column, memory.transposed, to + column * panel)
+            transpose_square(memory.parameters, block + column, panel, memory.transposed, to + column * panel, panel)
 
 
 @compiled

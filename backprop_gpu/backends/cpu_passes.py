@@ -1,0 +1,281 @@
+"""Whole forward and backward passes on the CPU, for another library's autograd: the host's side of
+`kernels/numba_cpu/passes.py`.
+
+Arrays come as addresses of their first entries, because a small network's pass takes no longer than wrapping ten arrays.
+Whoever calls answers for them: of `dtype`, contiguous, on this machine, and alive until the call returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from backprop_gpu.activations import ACTIVATIONS
+from backprop_gpu.backends import cpu_plan, threads
+from backprop_gpu.backends.numpy import FORWARD
+from backprop_gpu.kernels.numba_cpu import activations, passes
+from backprop_gpu.kernels.numba_cpu import barrier as barriers
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
+from backprop_gpu.kernels.numba_cpu.step import GROUP
+
+__all__ = ["Gradients", "Network", "Passes"]
+
+Record = npt.NDArray[Any]
+
+FLOPS_PER_THREAD = 8e6
+"""Work for which a further thread is started: 50 to 100 µs of it, where starting one costs 25 to 70."""
+
+SHARED_TILE_BYTES = 512 << 10
+"""What a tile may take where every thread reads all weights anew for each: half of the second-level cache."""
+
+
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a pass computes, but for the numbers."""
+
+    layer_sizes: tuple[int, ...]
+    sigmas: tuple[str, ...]
+    """σ of every layer, the output layer included: names of `ACTIVATIONS`."""
+    dropout: tuple[float, ...]
+    """For every layer, the probability that a neuron is left out; 0 for the output layer."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Addresses of what the backward pass is to write; 0 for what is not wanted."""
+
+    X: int
+    weights: Sequence[int]
+    """(n_out, n_in) each."""
+    biases: Sequence[int]
+
+
+class Workspace(NamedTuple):
+    """Memory of one call at a time."""
+
+    work: passes.Work
+    kept: npt.NDArray[Any]
+    """A tile for each thread, where the caller keeps nothing."""
+    deltas: npt.NDArray[Any]
+    """With `split_rows`, δ of a tile for each thread."""
+    addresses: tuple[int, int]
+    """Of the two."""
+
+
+class Passes:
+    """The passes of one network in one dtype, on at most `n_threads` threads, with memory of their own.
+
+    May be called from several threads at a time.
+    """
+
+    def __init__(self, network: Network, dtype: str, n_threads: int) -> None:
+        self.network, self.dtype, self.n_threads = network, np.dtype(dtype), n_threads
+        self.panel = width(dtype)
+        self.flops_per_row = 2 * sum(n_in * n_out for n_in, n_out in pairwise(network.layer_sizes))
+        self.columns = [int(round_up(n, self.panel)) for n in network.layer_sizes]
+        self.layers = np.zeros(len(network.sigmas), passes.LAYER)
+        self._describe()
+        self.n_packed, self.n_transposed = self._place_parameters()
+        self.n_gradients = self._place_gradients()
+        self.kept_columns, self.delta_columns = self._place_columns()
+        self.tile_rows = self._tile_rows()
+        self.free: list[Workspace] = []
+        self.entries: dict[Any, Any] = {}
+
+    # Where everything lies
+
+    def _describe(self) -> None:
+        network = self.network
+        self.layers["n_in"], self.layers["n_out"] = zip(*pairwise(network.layer_sizes), strict=True)
+        self.layers["dropout"] = network.dropout
+        for layer, name in zip(self.layers, network.sigmas, strict=True):
+            layer["sigma"] = activations.CODES[name]
+            layer["from_z"] = ACTIVATIONS[name].derivative_from == "z"
+            layer["pads"] = FORWARD[name](np.zeros(1))[0] != 0
+        n_parameters = sum((n_in + 1) * n_out for n_in, n_out in pairwise(network.layer_sizes))
+        self.split_rows = n_parameters * self.dtype.itemsize <= cpu_plan.SPLIT_ROWS_BYTES
+
+    def _place_parameters(self) -> tuple[int, int]:
+        packed = transposed = 0
+        for layer, n_in, n_out in zip(self.layers, self.columns, self.columns[1:], strict=False):
+            layer["W"], layer["W_stride"] = packed, round_up(layer["n_in"], BLOCK_ROWS) * self.panel
+            layer["T"], layer["T_stride"] = transposed, round_up(layer["n_out"], BLOCK_ROWS) * self.panel
+            packed += n_out // self.panel * int(layer["W_stride"])
+            transposed += n_in // self.panel * int(layer["T_stride"])
+        for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
+            layer["b"], packed = packed, packed + n_out
+        return packed, transposed
+
+    def _place_gradients(self) -> int:
+        end = self.n_transposed if self.split_rows else GROUP * BLOCK_ROWS * self.panel
+        for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
+            layer["db"], end = end, end + n_out
+        return end
+
+    def _place_columns(self) -> tuple[int, int]:
+        """X, then a, and z where σ′ needs it, of every layer but an output layer without σ; and δ of every layer.
+
+        Offsets are in columns, to be multiplied by the rows.
+        """
+        kept, delta = self.columns[0], 0
+        for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
+            layer["delta"], delta = delta, delta + n_out
+            layer["a"], layer["z"] = kept, kept + n_out
+            kept += n_out * (1 + int(layer["from_z"]))
+        self.layers["a_prev"][1:] = self.layers["a"][:-1]
+        if self.network.sigmas[-1] == "identity":
+            kept = int(self.layers["a"][-1])
+        return kept, delta
+
+    def _tile_rows(self) -> int:
+        """Rows that a thread takes through all layers at a time: as many as its cache holds."""
+        most = cpu_plan.TILE_BYTES if self.split_rows else SHARED_TILE_BYTES
+        rows = most // (self.dtype.itemsize * (self.kept_columns + self.delta_columns))
+        return max(BLOCK_ROWS, min(cpu_plan.TILE_ROWS, rows) // BLOCK_ROWS * BLOCK_ROWS)
+
+    # Memory
+
+    def n_kept(self, n_rows: int) -> int:
+        """Entries that a forward pass over so many rows keeps for the backward pass."""
+        return self.kept_columns * self._shared_rows(n_rows)
+
+    def n_deltas(self, n_rows: int) -> int:
+        """Entries that a backward pass needs besides, shared by the threads."""
+        return 0 if self.split_rows else self.delta_columns * self._shared_rows(n_rows)
+
+    def _shared_rows(self, n_rows: int) -> int:
+        """Rows of a panel that holds all rows: whole blocks, and not as many bytes as would make panels collide."""
+        rows = int(round_up(n_rows, BLOCK_ROWS))
+        if rows >= 8 * self.tile_rows:
+            return rows + self.tile_rows
+        return rows + BLOCK_ROWS * (rows * self.panel * self.dtype.itemsize % PAGE == 0)
+
+    def _workspace(self) -> Workspace:
+        line = cpu_plan.ALIGNMENT // self.dtype.itemsize
+        n_gradients = int(round_up(self.n_gradients, line)) + line
+        sizes = [
+            self.n_packed,
+            self.n_transposed,
+            self.n_threads * n_gradients,
+            self.n_threads * self._span(max(self.columns)),
+            self.panel,
+            self.n_threads * self._span(self.kept_columns),
+            self.n_threads * self._span(self.delta_columns) * self.split_rows,
+        ]
+        spans = [int(round_up(size, line)) + line for size in sizes]
+        whole = cpu_plan.zeros(sum(spans) * self.dtype.itemsize).view(self.dtype)
+        starts = np.cumsum([0, *spans])
+        packed, transposed, gradients, tiles, zeros, kept, deltas = (
+            whole[start : start + size] for start, size in zip(starts, sizes, strict=False)
+        )
+        work = passes.Work(packed, transposed, gradients.reshape(self.n_threads, n_gradients), tiles, zeros)
+        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data))
+
+    def _span(self, columns: int) -> int:
+        """From one thread's tile of so many columns to the next: not a multiple of a page."""
+        return columns * self.tile_rows + 2 * self.panel
+
+    # The passes
+
+    def forward(
+        self,
+        n_rows: int,
+        X: int,
+        weights: Sequence[int],
+        biases: Sequence[int],
+        out: int,
+        kept: int,
+        seed: int,
+    ) -> None:
+        """Overwrites `out` (n_rows, n_outputs), and the n_kept(n_rows) entries at `kept`, unless that is 0.
+
+        X : (n_rows, n_inputs); weights : (n_out, n_in) each; biases : (n_out,) each, or 0; seed : key of the dropout
+        masks.
+        """
+        space = self._take()
+        record, layers = self._records(n_rows, weights, seed, self._shared_rows(n_rows) if kept else self.tile_rows)
+        layers["bias"] = biases
+        record["X"], record["out"] = X, out
+        if kept:
+            record["kept"], record["n_kept"] = kept, self.n_kept(n_rows)
+        else:
+            record["kept"], record["n_kept"] = space.addresses[0], space.kept.size
+            record["kept_span"] = self._span(self.kept_columns)
+        self._run(passes.forward, record, layers, space)
+
+    def backward(
+        self,
+        n_rows: int,
+        weights: Sequence[int],
+        kept: int,
+        d_out: int,
+        deltas: int,
+        gradients: Gradients,
+        seed: int,
+    ) -> None:
+        """Overwrites the gradients that are wanted, from ∂C/∂out (n_rows, n_outputs) and what `forward` has kept.
+
+        deltas : n_deltas(n_rows) entries to work with; at least one gradient has to be wanted.
+        """
+        space = self._take()
+        record, layers = self._records(n_rows, weights, seed, self._shared_rows(n_rows))
+        layers["d_weight"], layers["d_bias"] = gradients.weights, gradients.biases
+        wanted = (gradients.X or W or b for W, b in zip(gradients.weights, gradients.biases, strict=True))
+        record["lowest"] = next(index for index, address in enumerate(wanted) if address)
+        record["kept"], record["n_kept"] = kept, self.n_kept(n_rows)
+        record["d_out"], record["dX"] = d_out, gradients.X
+        if self.split_rows:
+            record["deltas"], record["n_deltas"] = space.addresses[1], space.deltas.size
+        else:
+            record["deltas"], record["n_deltas"] = deltas, self.n_deltas(n_rows)
+        self._run(passes.backward, record, layers, space)
+
+    def _records(self, n_rows: int, weights: Sequence[int], seed: int, kept_rows: int) -> tuple[Record, Record]:
+        """What both passes have to be told."""
+        delta_rows = self.tile_rows if self.split_rows else self._shared_rows(n_rows)
+        layers = self.layers.copy()
+        for field in ("a_prev", "a", "z"):
+            layers[field] *= kept_rows
+        layers["delta"] *= delta_rows
+        layers["weight"] = weights
+        record = np.zeros(1, passes.NETWORK)
+        n_threads = max(1, min(self.n_threads, int(n_rows * self.flops_per_row / FLOPS_PER_THREAD)))
+        rows_each = math.ceil(n_rows / n_threads)
+        tile_rows = round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)
+        record["n_layers"], record["n_threads"], record["n_rows"] = len(layers), n_threads, n_rows
+        record["tile_rows"], record["split_rows"], record["seed"] = tile_rows, self.split_rows, seed
+        record["kept_stride"], record["delta_stride"] = kept_rows * self.panel, delta_rows * self.panel
+        record["delta_span"] = self._span(self.delta_columns)
+        record["tile_stride"], record["tile_span"] = self.tile_rows * self.panel, self._span(max(self.columns))
+        return record, layers
+
+    def _take(self) -> Workspace:
+        try:
+            return self.free.pop()
+        except IndexError:
+            return self._workspace()
+
+    def _run(self, entry: Any, record: Record, layers: Record, space: Workspace) -> None:
+        """The pass on its threads; then the memory is free again."""
+        n_threads, work, barrier = int(record["n_threads"][0]), space.work, barriers.new()
+        code = self.entries.get(entry)
+        if code is None:
+            code = self.entries[entry] = entry.specialised(0, record, layers, work, barrier)
+        if n_threads == 1:
+            code(0, record, layers, work, barrier)
+        else:
+            threads.run(
+                n_threads,
+                lambda thread: code(thread, record, layers, work, barrier),
+                lambda: barriers.stop(barrier),
+            )
+        self.free.append(space)

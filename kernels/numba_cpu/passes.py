@@ -1,0 +1,487 @@
+"""The forward pass and the backward pass of a whole network, apart from each other, as somebody else's autograd asks.
+
+    forward:  out = the network's output, from X and the parameters; keeps a, and z where σ′ needs it
+    backward: ∂C/∂X, ∂C/∂W and ∂C/∂b of every layer, from ∂C/∂out and what was kept
+
+Weights are the caller's own arrays in the layout (n_out, n_in), Wᵀ in row-major order, and so are their gradients. The
+backward product δ Wᵀ wants just that in panels, which is a copy by runs; the forward product wants W in panels, and
+`pack_transposed` transposes squares in registers on the way. ∂C/∂Wᵀ = δᵀ a_prev is computed as it is wanted.
+
+Each thread takes its rows, a tile at a time, through all layers. With `split_rows` it sums ∂C/∂W over its own rows while
+it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows. Nothing
+depends on timing, so the same number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
+
+from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
+from backprop_gpu.kernels.numba_cpu.barrier import wait
+from backprop_gpu.kernels.numba_cpu.borrow import borrowed
+from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
+from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
+from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
+from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, unpack
+from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
+from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, rows_of, whole_blocks
+from backprop_gpu.kernels.numba_cpu.update import add
+
+__all__ = ["LAYER", "NETWORK", "Work", "backward", "forward"]
+
+IDENTITY = CODES["identity"]
+
+LINE = 16
+"""Entries of a row of Wᵀ that are transposed together: a cache line of float32, two of float64."""
+
+NETWORK = np.dtype(
+    [
+        ("n_layers", "i8"),
+        ("n_threads", "i8"),
+        ("n_rows", "i8"),
+        ("tile_rows", "i8"),
+        ("split_rows", "i8"),
+        ("kept_stride", "i8"),  # from panel to panel of what the forward pass keeps
+        ("kept_span", "i8"),  # from thread to thread of it; 0 where it holds all rows
+        ("delta_stride", "i8"),  # likewise of δ
+        ("delta_span", "i8"),
+        ("tile_stride", "i8"),  # from panel to panel of a tile of its own, and from thread to thread
+        ("tile_span", "i8"),
+        ("seed", "u8"),  # of the dropout masks
+        ("lowest", "i8"),  # the lowest layer whose δ is wanted
+        # Addresses of the first entry, and sizes
+        ("X", "i8"),
+        ("out", "i8"),
+        ("kept", "i8"),
+        ("n_kept", "i8"),
+        ("deltas", "i8"),
+        ("n_deltas", "i8"),
+        ("d_out", "i8"),  # ∂C/∂out
+        ("dX", "i8"),  # 0 where it is not wanted
+    ],
+    align=True,
+)
+
+LAYER = np.dtype(
+    [
+        ("n_in", "i8"),
+        ("n_out", "i8"),
+        ("sigma", "i8"),
+        ("from_z", "i8"),  # 1: σ′ needs z, which is kept beside a
+        ("pads", "i8"),  # 1: σ(0) is not 0, so the padding of a has to be zeroed
+        ("dropout", "f8"),
+        ("W", "i8"),  # offsets in `packed`
+        ("W_stride", "i8"),
+        ("b", "i8"),
+        ("T", "i8"),  # of Wᵀ in `transposed`, and of ∂C/∂Wᵀ in a thread's gradients
+        ("T_stride", "i8"),
+        ("db", "i8"),  # offset of ∂C/∂b in a thread's gradients
+        ("a_prev", "i8"),  # offsets in what is kept
+        ("a", "i8"),
+        ("z", "i8"),
+        ("delta", "i8"),  # offset in δ
+        # Addresses; 0 where there is none, or none is wanted
+        ("weight", "i8"),
+        ("bias", "i8"),
+        ("d_weight", "i8"),
+        ("d_bias", "i8"),
+    ],
+    align=True,
+)
+
+
+class Work(NamedTuple):
+    """What a pass writes besides its results, of one dtype. Padding of the first two is 0, and stays so."""
+
+    packed: Any
+    """Every W in panels, then every b."""
+    transposed: Any
+    """Wᵀ of every layer, in panels."""
+    gradients: Any
+    """(n_threads, ·): ∂C/∂Wᵀ with `split_rows`, else a group of blocks of it; then ∂C/∂b."""
+    tiles: Any
+    """For each thread, a tile as wide as the widest layer or X."""
+    zeros: Any
+    """One panel's width of zeros: the bias of a product without one."""
+
+
+# Arrays by their addresses
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.intp, like), generate
+
+
+@compiled
+def vector(address, size, like):
+    """The `size` numbers at `address`, of the dtype of `like`."""
+    return carray(_pointer(address, like), (size,))
+
+
+@compiled
+def rows(address, n_rows, n_columns, like):
+    """The row-major matrix at `address`, of the dtype of `like`."""
+    return carray(_pointer(address, like), (n_rows, n_columns))
+
+
+@compiled
+def borrowed_work(work):
+    """See `borrow`."""
+    return Work(
+        borrowed(work.packed),
+        borrowed(work.transposed),
+        borrowed(work.gradients),
+        borrowed(work.tiles),
+        borrowed(work.zeros),
+    )
+
+
+# The forward pass
+
+
+@entry_point
+def forward(thread, network, layers, work, barrier):
+    """One thread's rows of the output, and of what the backward pass needs."""
+    here, work = network[0], borrowed_work(work)
+    for index in range(here.n_layers):
+        pack_layer(thread, here.n_threads, layers[index], work.packed)
+    if not wait(barrier, here.n_threads):
+        return
+    kept, panel = vector(here.kept, here.n_kept, work.packed), panel_width(work.packed)
+    X = rows(here.X, here.n_rows, layers[0].n_in, work.packed)
+    low, high = rows_of(thread, here.n_threads, here.n_rows)
+    for row in range(low, high, here.tile_rows):
+        n_rows = min(here.tile_rows, high - row)
+        at = thread * here.kept_span if here.kept_span else row * panel
+        gather_run(X, row, n_rows, kept, layers[0].a_prev + at, here.kept_stride)
+        for index in range(here.n_layers - 1):
+            layer_forward(thread, here, layers[index], index, work, kept, at, row, whole_blocks(n_rows))
+        output_forward(thread, here, layers[here.n_layers - 1], work, kept, at, row, n_rows)
+
+
+@compiled
+def pack_layer(thread, n_threads, layer, packed):
+    """One thread's panels of W, and the bias."""
+    weight = vector(layer.weight, layer.n_out * layer.n_in, packed)
+    pack_transposed(thread, n_threads, weight, layer.n_out, layer.n_in, packed, layer.W, layer.W_stride)
+    if thread == 0 and layer.bias:
+        bias = vector(layer.bias, layer.n_out, packed)
+        packed[layer.b : layer.b + layer.n_out] = bias
+
+
+@compiled
+def pack_transposed(thread, n_threads, flat, n_rows, n_columns, packed, start, stride):
+    """One thread's panels of the transpose of a row-major matrix, (n_columns, n_rows); padding is left as it is."""
+    panel = panel_width(packed)
+    whole_rows, whole_columns = n_rows // BLOCK_ROWS * BLOCK_ROWS, n_columns // BLOCK_ROWS * BLOCK_ROWS
+    for p in range(thread, (n_rows + panel - 1) // panel, n_threads):
+        first, to = p * panel, start + p * stride
+        last = min(first + panel, whole_rows)
+        for line in range(0, whole_columns, LINE):
+            for row in range(first, last, BLOCK_ROWS):
+                for column in range(line, min(line + LINE, whole_columns), BLOCK_ROWS):
+                    transpose_square(
+                        flat, row * n_columns + column, n_columns, packed, to + column * panel + row - first, panel
+                    )
+        copy_transposed(flat, n_columns, first, last, whole_columns, n_columns, packed, to, panel)
+        copy_transposed(flat, n_columns, last, min(first + panel, n_rows), 0, n_columns, packed, to, panel)
+
+
+@compiled
+def copy_transposed(flat, n_columns, first_row, last_row, first_column, last_column, packed, start, panel):
+    """What no square covers."""
+    for row in range(first_row, last_row):
+        for column in range(first_column, last_column):
+            packed[start + column * panel + row % panel] = flat[row * n_columns + column]
+
+
+@compiled
+def layer_forward(thread, network, layer, index, work, kept, at, row, n_rows):
+    """a = σ(a_prev W + b), with dropout, for a tile of whole blocks."""
+    stride, count, panel = network.kept_stride, n_rows * panel_width(kept), panel_width(kept)
+    z = (layer.z if layer.from_z else layer.a) + at
+    pre_activation(layer, work.packed, kept, layer.a_prev + at, stride, kept, z, stride, n_rows)
+    factors = thread * network.tile_span
+    if layer.dropout > 0:
+        draw_factors(network, layer, index, work.tiles, factors, row, n_rows)
+    for p in range((layer.n_out + panel - 1) // panel):
+        a_panel = layer.a + at + p * stride
+        apply(layer.sigma, kept, z + p * stride, kept, a_panel, count)
+        if layer.dropout > 0:
+            multiply(kept, a_panel, work.tiles, factors + p * network.tile_stride, count)
+    if layer.pads:
+        zero_padding(kept, layer.a + at, stride, n_rows, layer.n_out)
+
+
+@compiled
+def draw_factors(network, layer, index, factors, start, row, n_rows):
+    """The dropout factors of a tile, the same in both passes; the key is new in each pass, so the step is 0."""
+    panel = panel_width(factors)
+    keep_factors(
+        factors,
+        start,
+        network.tile_stride,
+        panel,
+        n_rows,
+        layer.n_out,
+        row,
+        layer.dropout,
+        network.seed,
+        index,
+        0,
+    )
+
+
+@compiled
+def output_forward(thread, network, layer, work, kept, at, row, n_rows):
+    """The output layer's rows of `out`: nothing of it is kept where σ is the identity."""
+    out = vector(network.out, network.n_rows * layer.n_out, kept)
+    to = row * layer.n_out
+    if layer.sigma == IDENTITY:
+        tile, tiles, stride = thread * network.tile_span, work.tiles, network.tile_stride
+        a_prev, blocks = layer.a_prev + at, whole_blocks(n_rows)
+        pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks)
+        unpack(0, 1, tiles, tile, stride, n_rows, layer.n_out, out, to)
+    else:
+        layer_forward(thread, network, layer, network.n_layers - 1, work, kept, at, row, whole_blocks(n_rows))
+        unpack(0, 1, kept, layer.a + at, network.kept_stride, n_rows, layer.n_out, out, to)
+
+
+# The backward pass
+
+
+@entry_point
+def backward(thread, network, layers, work, barrier):
+    """One thread's rows of ∂C/∂X, and its part of every gradient that is wanted; all are overwritten."""
+    here, work = network[0], borrowed_work(work)
+    for index in range(here.lowest + (here.dX == 0), here.n_layers):
+        layer = layers[index]
+        weight = vector(layer.weight, layer.n_out * layer.n_in, work.packed)
+        pack(
+            thread, here.n_threads, weight, 0, layer.n_out, layer.n_in, work.transposed, layer.T, layer.T_stride
+        )
+    if not wait(barrier, here.n_threads):
+        return
+    kept = vector(here.kept, here.n_kept, work.packed)
+    deltas = vector(here.deltas, here.n_deltas, work.packed)
+    low, high = rows_of(thread, here.n_threads, here.n_rows)
+    if low == high:
+        work.gradients[thread][:] = 0
+    for row in range(low, high, here.tile_rows):
+        n_rows = min(here.tile_rows, high - row)
+        tile_backward(thread, here, layers, work, kept, deltas, row, n_rows, row > low)
+    if not wait(barrier, here.n_threads):
+        return
+    for index in range(here.lowest, here.n_layers):
+        if layers[index].d_bias and index % here.n_threads == thread:
+            finish_bias(here, layers[index], work)
+        if layers[index].d_weight and here.split_rows:
+            add_weights(thread, here, layers[index], work)
+    if not here.split_rows:
+        own_weights(thread, here, layers, work, kept, deltas)
+
+
+@compiled
+def tile_backward(thread, network, layers, work, kept, deltas, row, n_rows, accumulate):
+    """δ of every layer for a tile of rows; what is summed over them; ∂C/∂X."""
+    panel, blocks = panel_width(kept), whole_blocks(n_rows)
+    at = row * panel
+    at_delta = thread * network.delta_span if network.split_rows else at
+    output_delta(thread, network, layers[network.n_layers - 1], work, kept, deltas, at, at_delta, row, n_rows)
+    for index in range(network.n_layers - 1, network.lowest - 1, -1):
+        layer = layers[index]
+        if layer.d_bias:
+            for p in range((layer.n_out + panel - 1) // panel):
+                delta = layer.delta + at_delta + p * network.delta_stride
+                sum_rows(deltas, delta, work.gradients[thread], layer.db + p * panel, n_rows, accumulate)
+        if layer.d_weight and network.split_rows:
+            sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows, accumulate)
+        if index > network.lowest:
+            layer_backward(
+                thread, network, layers[index - 1], index - 1, layer, work, kept, deltas, at, at_delta, row, blocks
+            )
+    if network.dX:
+        input_gradient(thread, network, layers[0], work, deltas, at_delta, row, n_rows)
+
+
+@compiled
+def output_delta(thread, network, layer, work, kept, deltas, at, at_delta, row, n_rows):
+    """δ = ∂C/∂out ⊙ σ′ at the output layer."""
+    d_out = rows(network.d_out, network.n_rows, layer.n_out, kept)
+    gather_run(d_out, row, n_rows, deltas, layer.delta + at_delta, network.delta_stride)
+    if layer.sigma != IDENTITY:
+        multiply_by_sigma(
+            thread, network, layer, network.n_layers - 1, work, kept, deltas, at, at_delta, row, whole_blocks(n_rows)
+        )
+
+
+@compiled
+def multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_delta, row, n_rows):
+    """δ, which holds ∂C/∂a, becomes ∂C/∂a ⊙ σ′(z), with the forward pass's dropout."""
+    panel = panel_width(kept)
+    factors, count = thread * network.tile_span, n_rows * panel
+    if layer.dropout > 0:
+        draw_factors(network, layer, index, work.tiles, factors, row, n_rows)
+    # a as it was before dropout
+    scale = 1.0 if layer.from_z else 1 - layer.dropout
+    for p in range((layer.n_out + panel - 1) // panel):
+        delta = layer.delta + at_delta + p * network.delta_stride
+        if layer.dropout > 0:
+            multiply(deltas, delta, work.tiles, factors + p * network.tile_stride, count)
+        source = (layer.z if layer.from_z else layer.a) + at + p * network.kept_stride
+        multiply_by_derivative(layer.sigma, kept, source, scale, deltas, delta, count)
+
+
+@compiled
+def layer_backward(thread, network, layer, index, next_layer, work, kept, deltas, at, at_delta, row, n_rows):
+    """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole blocks."""
+    stride = network.delta_stride
+    times_transposed(next_layer, work, deltas, next_layer.delta + at_delta, stride, deltas, layer.delta + at_delta, stride, n_rows)
+    multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_delta, row, n_rows)
+
+
+@compiled
+def times_transposed(layer, work, delta, delta_start, delta_stride, c, c_start, c_stride, n_rows):
+    """C = δ Wᵀ."""
+    gemm_nn(
+        delta,
+        delta_start,
+        delta_stride,
+        work.transposed,
+        layer.T,
+        layer.T_stride,
+        c,
+        c_start,
+        c_stride,
+        n_rows,
+        layer.n_out,
+        layer.n_in,
+        work.zeros,
+        0,
+        0,
+    )
+
+
+@compiled
+def input_gradient(thread, network, layer, work, deltas, at_delta, row, n_rows):
+    """Rows of ∂C/∂X = δ Wᵀ of the first layer."""
+    tile, stride = thread * network.tile_span, network.tile_stride
+    delta, blocks = layer.delta + at_delta, whole_blocks(n_rows)
+    times_transposed(layer, work, deltas, delta, network.delta_stride, work.tiles, tile, stride, blocks)
+    dX = vector(network.dX, network.n_rows * layer.n_in, deltas)
+    unpack(0, 1, work.tiles, tile, stride, n_rows, layer.n_in, dX, row * layer.n_in)
+
+
+# Gradients of the parameters
+
+
+@compiled
+def sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows, accumulate):
+    """∂C/∂Wᵀ = δᵀ a_prev over a tile, into this thread's gradients."""
+    panel = panel_width(kept)
+    for p in range((layer.n_in + panel - 1) // panel):
+        for j in range(0, layer.n_out, BLOCK_ROWS):
+            gemm_tn_block(
+                deltas,
+                layer.delta + at_delta + j // panel * network.delta_stride + j % panel,
+                kept,
+                layer.a_prev + at + p * network.kept_stride,
+                work.gradients[thread],
+                layer.T + p * layer.T_stride + j * panel,
+                n_rows,
+                layer.n_in - p * panel,
+                accumulate,
+            )
+
+
+@compiled
+def add_weights(thread, network, layer, work):
+    """Add the threads' sums for this thread's rows of ∂C/∂Wᵀ, and write them where they are wanted."""
+    panel = panel_width(work.packed)
+    first, last = thread * layer.n_out // network.n_threads, (thread + 1) * layer.n_out // network.n_threads
+    for p in range((layer.n_in + panel - 1) // panel):
+        start = layer.T + p * layer.T_stride
+        for other in range(1, network.n_threads):
+            add(work.gradients[0], work.gradients[other], start + first * panel, start + last * panel)
+        write_rows(layer, work.gradients[0], start + first * panel, p, first, last)
+
+
+@compiled
+def write_rows(layer, gradients, start, p, first, last):
+    """Rows first … last − 1 of panel p of ∂C/∂Wᵀ, from `start` on, to the caller's array."""
+    panel = panel_width(gradients)
+    d_weight = vector(layer.d_weight, layer.n_out * layer.n_in, gradients)
+    count = min(panel, layer.n_in - p * panel)
+    for j in range(first, last):
+        a = start + (j - first) * panel
+        b = j * layer.n_in + p * panel
+        source, target = gradients[a : a + count], d_weight[b : b + count]
+        for i in range(count):
+            target[i] = source[i]
+
+
+@compiled
+def own_weights(thread, network, layers, work, kept, deltas):
+    """This thread's blocks of ∂C/∂Wᵀ, over all rows."""
+    total = 0
+    for index in range(network.lowest, network.n_layers):
+        total += blocks_in(layers[index], kept)
+    first, last = thread * total // network.n_threads, (thread + 1) * total // network.n_threads
+    for index in range(network.lowest, network.n_layers):
+        blocks = blocks_in(layers[index], kept)
+        for group in range(max(first, 0), min(last, blocks), GROUP):
+            end = min(group + GROUP, last, blocks)
+            group_of_blocks(thread, network, layers[index], work, kept, deltas, group, end)
+        first, last = first - blocks, last - blocks
+
+
+@compiled
+def blocks_in(layer, kept):
+    """Blocks of ∂C/∂Wᵀ that are wanted: BLOCK_ROWS neurons by one panel of inputs."""
+    panel = panel_width(kept)
+    panels, blocks = (layer.n_in + panel - 1) // panel, (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
+    return panels * blocks if layer.d_weight else 0
+
+
+@compiled
+def group_of_blocks(thread, network, layer, work, kept, deltas, first, last):
+    """Blocks first … last − 1 over all rows, in cache until they are written out."""
+    panel, gradients = panel_width(kept), work.gradients[thread]
+    in_panel = (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
+    for row in range(0, network.n_rows, CHUNK_ROWS):
+        n_rows = min(CHUNK_ROWS, network.n_rows - row)
+        for number in range(first, last):
+            p, j = number // in_panel, number % in_panel * BLOCK_ROWS
+            gemm_tn_block(
+                deltas,
+                layer.delta + j // panel * network.delta_stride + j % panel + row * panel,
+                kept,
+                layer.a_prev + p * network.kept_stride + row * panel,
+                gradients,
+                (number - first) * BLOCK_ROWS * panel,
+                n_rows,
+                layer.n_in - p * panel,
+                row > 0,
+            )
+    for number in range(first, last):
+        p, j = number // in_panel, number % in_panel * BLOCK_ROWS
+        start = (number - first) * BLOCK_ROWS * panel
+        write_rows(layer, gradients, start, p, j, min(j + BLOCK_ROWS, layer.n_out))
+
+
+@compiled
+def finish_bias(network, layer, work):
+    """∂C/∂b: the threads' sums in their order."""
+    d_bias = vector(layer.d_bias, layer.n_out, work.packed)
+    for other in range(1, network.n_threads):
+        add(work.gradients[0], work.gradients[other], layer.db, layer.db + layer.n_out)
+    d_bias[:] = work.gradients[0][layer.db : layer.db + layer.n_out]
