@@ -19,12 +19,13 @@ import numpy.typing as npt
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.numpy import FORWARD
+from backprop_gpu.backends.passes import Dropout, Network
 from backprop_gpu.kernels.numba_cpu import activations, passes
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
 from backprop_gpu.kernels.numba_cpu.step import GROUP
 
-__all__ = ["Gradients", "Network", "Passes"]
+__all__ = ["Gradients", "Passes"]
 
 Record = npt.NDArray[Any]
 
@@ -37,16 +38,8 @@ SHARED_TILE_BYTES = 512 << 10
 
 PAGE = 4096
 
-
-@dataclass(frozen=True)
-class Network:
-    """What a pass computes, but for the numbers."""
-
-    layer_sizes: tuple[int, ...]
-    sigmas: tuple[str, ...]
-    """σ of every layer, the output layer included: names of `ACTIVATIONS`."""
-    dropout: tuple[float, ...]
-    """For every layer, the probability that a neuron is left out; 0 for the output layer."""
+MOST_KNOWN = 64
+"""Numbers of rows for which the records are remembered."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,7 @@ class Workspace(NamedTuple):
     """With `split_rows`, δ of a tile for each thread."""
     addresses: tuple[int, int]
     """Of the two."""
+    barrier: npt.NDArray[np.int64]
 
 
 class Passes:
@@ -90,13 +84,14 @@ class Passes:
         self.tile_rows = self._tile_rows()
         self.free: list[Workspace] = []
         self.entries: dict[Any, Any] = {}
+        self.known: dict[tuple[int, int, bool], tuple[dict[str, int], Record]] = {}
+        self.none = [0] * len(self.layers)
 
     # Where everything lies
 
     def _describe(self) -> None:
         network = self.network
         self.layers["n_in"], self.layers["n_out"] = zip(*pairwise(network.layer_sizes), strict=True)
-        self.layers["dropout"] = network.dropout
         for layer, name in zip(self.layers, network.sigmas, strict=True):
             layer["sigma"] = activations.CODES[name]
             layer["from_z"] = ACTIVATIONS[name].derivative_from == "z"
@@ -178,7 +173,7 @@ class Passes:
             whole[start : start + size] for start, size in zip(starts, sizes, strict=False)
         )
         work = passes.Work(packed, transposed, gradients.reshape(self.n_threads, n_gradients), tiles, zeros)
-        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data))
+        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), barriers.new())
 
     def _span(self, columns: int) -> int:
         """From one thread's tile of so many columns to the next: not a multiple of a page."""
@@ -194,23 +189,21 @@ class Passes:
         biases: Sequence[int],
         out: int,
         kept: int,
-        seed: int,
+        dropout: Dropout | None,
     ) -> None:
         """Overwrites `out` (n_rows, n_outputs), and the n_kept(n_rows) entries at `kept`, unless that is 0.
 
-        X : (n_rows, n_inputs); weights : (n_out, n_in) each; biases : (n_out,) each, or 0; seed : key of the dropout
-        masks.
+        X : (n_rows, n_inputs); weights : (n_out, n_in) each; biases : (n_out,) each, or 0.
         """
         space = self._take()
-        record, layers = self._records(n_rows, weights, seed, self._shared_rows(n_rows) if kept else self.tile_rows)
-        layers["bias"] = biases
-        record["X"], record["out"] = X, out
+        arrays = {"X": X, "out": out}
         if kept:
-            record["kept"], record["n_kept"] = kept, self.n_kept(n_rows)
+            arrays |= {"kept": kept, "n_kept": self.n_kept(n_rows)}
         else:
-            record["kept"], record["n_kept"] = space.addresses[0], space.kept.size
-            record["kept_span"] = self._span(self.kept_columns)
-        self._run(passes.forward, record, layers, space)
+            span = self._span(self.kept_columns)
+            arrays |= {"kept": space.addresses[0], "n_kept": space.kept.size, "kept_span": span}
+        addresses = [weights, biases, self.none, self.none]
+        self._run(passes.forward, space, n_rows, bool(kept), arrays, addresses, dropout)
 
     def backward(
         self,
@@ -220,62 +213,94 @@ class Passes:
         d_out: int,
         deltas: int,
         gradients: Gradients,
-        seed: int,
+        dropout: Dropout | None,
     ) -> None:
         """Overwrites the gradients that are wanted, from ∂C/∂out (n_rows, n_outputs) and what `forward` has kept.
 
         deltas : n_deltas(n_rows) entries to work with; at least one gradient has to be wanted.
         """
         space = self._take()
-        record, layers = self._records(n_rows, weights, seed, self._shared_rows(n_rows))
-        layers["d_weight"], layers["d_bias"] = gradients.weights, gradients.biases
         wanted = (gradients.X or W or b for W, b in zip(gradients.weights, gradients.biases, strict=True))
-        record["lowest"] = next(index for index, address in enumerate(wanted) if address)
-        record["kept"], record["n_kept"] = kept, self.n_kept(n_rows)
-        record["d_out"], record["dX"] = d_out, gradients.X
-        if self.split_rows:
-            record["deltas"], record["n_deltas"] = space.addresses[1], space.deltas.size
-        else:
-            record["deltas"], record["n_deltas"] = deltas, self.n_deltas(n_rows)
-        self._run(passes.backward, record, layers, space)
+        arrays = {
+            "lowest": next(index for index, address in enumerate(wanted) if address),
+            "kept": kept,
+            "n_kept": self.n_kept(n_rows),
+            "deltas": space.addresses[1] if self.split_rows else deltas,
+            "n_deltas": space.deltas.size if self.split_rows else self.n_deltas(n_rows),
+            "d_out": d_out,
+            "dX": gradients.X,
+        }
+        addresses = [weights, self.none, gradients.weights, gradients.biases]
+        self._run(passes.backward, space, n_rows, True, arrays, addresses, dropout)
 
-    def _records(self, n_rows: int, weights: Sequence[int], seed: int, kept_rows: int) -> tuple[Record, Record]:
-        """What both passes have to be told."""
+    def _run(
+        self,
+        entry: Any,
+        space: Workspace,
+        n_rows: int,
+        keeps: bool,
+        arrays: dict[str, int],
+        addresses: list[Sequence[int]],
+        dropout: Dropout | None,
+    ) -> None:
+        """The pass on its threads; then the memory is free again."""
+        n_threads = self._n_threads(n_rows)
+        numbers, layers = self._records(n_rows, n_threads, keeps)
+        numbers |= arrays
+        if dropout is not None:
+            layers = layers.copy()
+            layers["dropout"], numbers["seed"] = dropout.rates, dropout.seed
+        record = np.array(list(numbers.values())).view(passes.NETWORK)
+        arguments = record, layers, np.array(addresses), space.work, space.barrier
+        code = self.entries.get(entry)
+        if code is None:
+            code = self.entries[entry] = entry.specialised(0, *arguments)
+        if n_threads == 1:
+            code(0, *arguments)
+        else:
+            threads.run(n_threads, lambda thread: code(thread, *arguments), lambda: barriers.stop(space.barrier))
+        self.free.append(space)
+
+    def _records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[dict[str, int], Record]:
+        """A copy of the numbers of the NETWORK record, in their order, and the LAYER records: what sizes decide."""
+        key = n_rows, n_threads, keeps
+        known = self.known.get(key)
+        if known is None:
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            known = self.known[key] = self._new_records(n_rows, n_threads, keeps)
+        return known[0].copy(), known[1]
+
+    def _new_records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[dict[str, int], Record]:
+        kept_rows = self._shared_rows(n_rows) if keeps else self.tile_rows
         delta_rows = self.tile_rows if self.split_rows else self._shared_rows(n_rows)
         layers = self.layers.copy()
         for field in ("a_prev", "a", "z"):
             layers[field] *= kept_rows
         layers["delta"] *= delta_rows
-        layers["weight"] = weights
-        record = np.zeros(1, passes.NETWORK)
-        n_threads = max(1, min(self.n_threads, int(n_rows * self.flops_per_row / FLOPS_PER_THREAD)))
         rows_each = math.ceil(n_rows / n_threads)
-        tile_rows = round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)
-        record["n_layers"], record["n_threads"], record["n_rows"] = len(layers), n_threads, n_rows
-        record["tile_rows"], record["split_rows"], record["seed"] = tile_rows, self.split_rows, seed
-        record["kept_stride"], record["delta_stride"] = kept_rows * self.panel, delta_rows * self.panel
-        record["delta_span"] = self._span(self.delta_columns)
-        record["tile_stride"], record["tile_span"] = self.tile_rows * self.panel, self._span(max(self.columns))
-        return record, layers
+        numbers = dict.fromkeys(passes.NETWORK.names or (), 0)
+        numbers |= {
+            "n_layers": len(layers),
+            "n_threads": n_threads,
+            "n_rows": n_rows,
+            "tile_rows": int(round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)),
+            "split_rows": int(self.split_rows),
+            "kept_stride": kept_rows * self.panel,
+            "delta_stride": delta_rows * self.panel,
+            "delta_span": self._span(self.delta_columns),
+            "tile_stride": self.tile_rows * self.panel,
+            "tile_span": self._span(max(self.columns)),
+        }
+        return numbers, layers
+
+    def _n_threads(self, n_rows: int) -> int:
+        """As many as there is work for; who else has a say is asked only where it is for more than one."""
+        n_threads = min(self.n_threads, int(n_rows * self.flops_per_row / FLOPS_PER_THREAD))
+        return min(n_threads, threads.available()) if n_threads > 1 else 1
 
     def _take(self) -> Workspace:
         try:
             return self.free.pop()
         except IndexError:
             return self._workspace()
-
-    def _run(self, entry: Any, record: Record, layers: Record, space: Workspace) -> None:
-        """The pass on its threads; then the memory is free again."""
-        n_threads, work, barrier = int(record["n_threads"][0]), space.work, barriers.new()
-        code = self.entries.get(entry)
-        if code is None:
-            code = self.entries[entry] = entry.specialised(0, record, layers, work, barrier)
-        if n_threads == 1:
-            code(0, record, layers, work, barrier)
-        else:
-            threads.run(
-                n_threads,
-                lambda thread: code(thread, record, layers, work, barrier),
-                lambda: barriers.stop(barrier),
-            )
-        self.free.append(space)

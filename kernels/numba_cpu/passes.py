@@ -34,6 +34,10 @@ from backprop_gpu.kernels.numba_cpu.update import add
 
 __all__ = ["LAYER", "NETWORK", "Work", "backward", "forward"]
 
+WEIGHT, BIAS, D_WEIGHT, D_BIAS = range(4)
+"""Rows of `addresses`, (4, n_layers): of a layer's parameters and of their gradients; 0 where there is none, or none is
+wanted."""
+
 IDENTITY = CODES["identity"]
 
 LINE = 16
@@ -85,11 +89,6 @@ LAYER = np.dtype(
         ("a", "i8"),
         ("z", "i8"),
         ("delta", "i8"),  # offset in δ
-        # Addresses; 0 where there is none, or none is wanted
-        ("weight", "i8"),
-        ("bias", "i8"),
-        ("d_weight", "i8"),
-        ("d_bias", "i8"),
     ],
     align=True,
 )
@@ -149,11 +148,11 @@ def borrowed_work(work):
 
 
 @entry_point
-def forward(thread, network, layers, work, barrier):
+def forward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of the output, and of what the backward pass needs."""
     here, work = network[0], borrowed_work(work)
     for index in range(here.n_layers):
-        pack_layer(thread, here.n_threads, layers[index], work.packed)
+        pack_layer(thread, here.n_threads, layers[index], addresses[WEIGHT, index], addresses[BIAS, index], work.packed)
     if not wait(barrier, here.n_threads):
         return
     kept, panel = vector(here.kept, here.n_kept, work.packed), panel_width(work.packed)
@@ -169,13 +168,13 @@ def forward(thread, network, layers, work, barrier):
 
 
 @compiled
-def pack_layer(thread, n_threads, layer, packed):
-    """One thread's panels of W, and the bias."""
-    weight = vector(layer.weight, layer.n_out * layer.n_in, packed)
-    pack_transposed(thread, n_threads, weight, layer.n_out, layer.n_in, packed, layer.W, layer.W_stride)
-    if thread == 0 and layer.bias:
-        bias = vector(layer.bias, layer.n_out, packed)
-        packed[layer.b : layer.b + layer.n_out] = bias
+def pack_layer(thread, n_threads, layer, weight, bias, packed):
+    """One thread's panels of W, and the bias, from their addresses."""
+    W = vector(weight, layer.n_out * layer.n_in, packed)
+    pack_transposed(thread, n_threads, W, layer.n_out, layer.n_in, packed, layer.W, layer.W_stride)
+    if thread == 0 and bias:
+        b = vector(bias, layer.n_out, packed)
+        packed[layer.b : layer.b + layer.n_out] = b
 
 
 @compiled
@@ -260,15 +259,13 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
 
 
 @entry_point
-def backward(thread, network, layers, work, barrier):
+def backward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of ∂C/∂X, and its part of every gradient that is wanted; all are overwritten."""
     here, work = network[0], borrowed_work(work)
     for index in range(here.lowest + (here.dX == 0), here.n_layers):
         layer = layers[index]
-        weight = vector(layer.weight, layer.n_out * layer.n_in, work.packed)
-        pack(
-            thread, here.n_threads, weight, 0, layer.n_out, layer.n_in, work.transposed, layer.T, layer.T_stride
-        )
+        W = vector(addresses[WEIGHT, index], layer.n_out * layer.n_in, work.packed)
+        pack(thread, here.n_threads, W, 0, layer.n_out, layer.n_in, work.transposed, layer.T, layer.T_stride)
     if not wait(barrier, here.n_threads):
         return
     kept = vector(here.kept, here.n_kept, work.packed)
@@ -278,20 +275,21 @@ def backward(thread, network, layers, work, barrier):
         work.gradients[thread][:] = 0
     for row in range(low, high, here.tile_rows):
         n_rows = min(here.tile_rows, high - row)
-        tile_backward(thread, here, layers, work, kept, deltas, row, n_rows, row > low)
+        tile_backward(thread, here, layers, addresses, work, kept, deltas, row, n_rows, row > low)
     if not wait(barrier, here.n_threads):
         return
     for index in range(here.lowest, here.n_layers):
-        if layers[index].d_bias and index % here.n_threads == thread:
-            finish_bias(here, layers[index], work)
-        if layers[index].d_weight and here.split_rows:
-            add_weights(thread, here, layers[index], work)
+        weight, bias = addresses[D_WEIGHT, index], addresses[D_BIAS, index]
+        if bias and index % here.n_threads == thread:
+            finish_bias(here, layers[index], bias, work)
+        if weight and here.split_rows:
+            add_weights(thread, here, layers[index], weight, work)
     if not here.split_rows:
-        own_weights(thread, here, layers, work, kept, deltas)
+        own_weights(thread, here, layers, addresses, work, kept, deltas)
 
 
 @compiled
-def tile_backward(thread, network, layers, work, kept, deltas, row, n_rows, accumulate):
+def tile_backward(thread, network, layers, addresses, work, kept, deltas, row, n_rows, accumulate):
     """δ of every layer for a tile of rows; what is summed over them; ∂C/∂X."""
     panel, blocks = panel_width(kept), whole_blocks(n_rows)
     at = row * panel
@@ -299,11 +297,11 @@ def tile_backward(thread, network, layers, work, kept, deltas, row, n_rows, accu
     output_delta(thread, network, layers[network.n_layers - 1], work, kept, deltas, at, at_delta, row, n_rows)
     for index in range(network.n_layers - 1, network.lowest - 1, -1):
         layer = layers[index]
-        if layer.d_bias:
+        if addresses[D_BIAS, index]:
             for p in range((layer.n_out + panel - 1) // panel):
                 delta = layer.delta + at_delta + p * network.delta_stride
                 sum_rows(deltas, delta, work.gradients[thread], layer.db + p * panel, n_rows, accumulate)
-        if layer.d_weight and network.split_rows:
+        if addresses[D_WEIGHT, index] and network.split_rows:
             sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows, accumulate)
         if index > network.lowest:
             layer_backward(
@@ -404,7 +402,7 @@ def sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows
 
 
 @compiled
-def add_weights(thread, network, layer, work):
+def add_weights(thread, network, layer, d_weight, work):
     """Add the threads' sums for this thread's rows of ∂C/∂Wᵀ, and write them where they are wanted."""
     panel = panel_width(work.packed)
     first, last = thread * layer.n_out // network.n_threads, (thread + 1) * layer.n_out // network.n_threads
@@ -412,48 +410,49 @@ def add_weights(thread, network, layer, work):
         start = layer.T + p * layer.T_stride
         for other in range(1, network.n_threads):
             add(work.gradients[0], work.gradients[other], start + first * panel, start + last * panel)
-        write_rows(layer, work.gradients[0], start + first * panel, p, first, last)
+        write_rows(layer, d_weight, work.gradients[0], start + first * panel, p, first, last)
 
 
 @compiled
-def write_rows(layer, gradients, start, p, first, last):
-    """Rows first … last − 1 of panel p of ∂C/∂Wᵀ, from `start` on, to the caller's array."""
+def write_rows(layer, d_weight, gradients, start, p, first, last):
+    """Rows first … last − 1 of panel p of ∂C/∂Wᵀ, from `start` on, to the caller's array at `d_weight`."""
     panel = panel_width(gradients)
-    d_weight = vector(layer.d_weight, layer.n_out * layer.n_in, gradients)
+    wanted = vector(d_weight, layer.n_out * layer.n_in, gradients)
     count = min(panel, layer.n_in - p * panel)
     for j in range(first, last):
         a = start + (j - first) * panel
         b = j * layer.n_in + p * panel
-        source, target = gradients[a : a + count], d_weight[b : b + count]
+        source, target = gradients[a : a + count], wanted[b : b + count]
         for i in range(count):
             target[i] = source[i]
 
 
 @compiled
-def own_weights(thread, network, layers, work, kept, deltas):
+def own_weights(thread, network, layers, addresses, work, kept, deltas):
     """This thread's blocks of ∂C/∂Wᵀ, over all rows."""
     total = 0
     for index in range(network.lowest, network.n_layers):
-        total += blocks_in(layers[index], kept)
+        total += blocks_in(layers[index], addresses[D_WEIGHT, index], kept)
     first, last = thread * total // network.n_threads, (thread + 1) * total // network.n_threads
     for index in range(network.lowest, network.n_layers):
-        blocks = blocks_in(layers[index], kept)
+        weight = addresses[D_WEIGHT, index]
+        blocks = blocks_in(layers[index], weight, kept)
         for group in range(max(first, 0), min(last, blocks), GROUP):
             end = min(group + GROUP, last, blocks)
-            group_of_blocks(thread, network, layers[index], work, kept, deltas, group, end)
+            group_of_blocks(thread, network, layers[index], weight, work, kept, deltas, group, end)
         first, last = first - blocks, last - blocks
 
 
 @compiled
-def blocks_in(layer, kept):
+def blocks_in(layer, d_weight, kept):
     """Blocks of ∂C/∂Wᵀ that are wanted: BLOCK_ROWS neurons by one panel of inputs."""
     panel = panel_width(kept)
     panels, blocks = (layer.n_in + panel - 1) // panel, (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
-    return panels * blocks if layer.d_weight else 0
+    return panels * blocks if d_weight else 0
 
 
 @compiled
-def group_of_blocks(thread, network, layer, work, kept, deltas, first, last):
+def group_of_blocks(thread, network, layer, d_weight, work, kept, deltas, first, last):
     """Blocks first … last − 1 over all rows, in cache until they are written out."""
     panel, gradients = panel_width(kept), work.gradients[thread]
     in_panel = (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -475,13 +474,13 @@ def group_of_blocks(thread, network, layer, work, kept, deltas, first, last):
     for number in range(first, last):
         p, j = number // in_panel, number % in_panel * BLOCK_ROWS
         start = (number - first) * BLOCK_ROWS * panel
-        write_rows(layer, gradients, start, p, j, min(j + BLOCK_ROWS, layer.n_out))
+        write_rows(layer, d_weight, gradients, start, p, j, min(j + BLOCK_ROWS, layer.n_out))
 
 
 @compiled
-def finish_bias(network, layer, work):
+def finish_bias(network, layer, d_bias, work):
     """∂C/∂b: the threads' sums in their order."""
-    d_bias = vector(layer.d_bias, layer.n_out, work.packed)
+    wanted = vector(d_bias, layer.n_out, work.packed)
     for other in range(1, network.n_threads):
         add(work.gradients[0], work.gradients[other], layer.db, layer.db + layer.n_out)
-    d_bias[:] = work.gradients[0][layer.db : layer.db + layer.n_out]
+    wanted[:] = work.gradients[0][layer.db : layer.db + layer.n_out]
