@@ -53,7 +53,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 """Largest error of an operation by dtype, relative to the largest entry of its float64 reference."""
 
 
-OPERATION_FILES = ("test_contract", "test_operations", "test_stability")
+OPERATION_FILES = ("test_contract", "test_operations", "test_stability", "test_torch")
 """The test files that a slow candidate takes; whole trainings it has tests of its own for."""
 
 
