@@ -1,10 +1,11 @@
-"""PyTorch's names for what this library computes: activations as functions and as modules, and a `Sequential` taken apart."""
+"""PyTorch's names for what this library computes: activations as functions and modules; a `Sequential` taken apart."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def take_apart(children: Iterable[tuple[str, nn.Module]]) -> list[Layer]:
         if _is_linear(module):
             layers.append(_linear(name, where, module, layers))
         elif not layers:
-            raise ValueError(f"{where}: the chain has to begin with a Linear; put other modules in front of the FusedMLP")
+            raise ValueError(f"{where}: the chain has to begin with a Linear; put other modules before the FusedMLP")
         elif type(module) is nn.Dropout:
             if layers[-1].dropout is not None:
                 raise ValueError(f"{where}: there is a Dropout before it already; combine their rates in one")
@@ -124,19 +125,19 @@ def take_apart(children: Iterable[tuple[str, nn.Module]]) -> list[Layer]:
     return layers
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A Linear that computes as Linear does; so is a parametrized one, whose class is made for it."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _linear(name: str, where: str, module: nn.Module, before: list[Layer]) -> Layer:
+def _linear(name: str, where: str, module: nn.Linear, before: list[Layer]) -> Layer:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise ValueError(f"{where}: its size is not known before its first call; call the module once, then convert it")
-    n_out, n_in = module.weight.shape
+    n_out, n_in = module.out_features, module.in_features
     if min(n_in, n_out) < 1:
         raise ValueError(f"{where}: every layer needs at least 1 neuron")
     if before and before[-1].n_out != n_in:
-        raise ValueError(f"{where} takes {n_in} features, and layer {before[-1].linear} before it gives {before[-1].n_out}")
+        raise ValueError(f"{where} takes {n_in} features, and layer {before[-1].linear} gives {before[-1].n_out}")
     return Layer(name, n_in, n_out)
 
 

@@ -3,13 +3,13 @@
 Three ways to compute the same:
 
 - `Compiled`: the `cpu` backend's whole passes, for float32 and float64 on the CPU;
-- `Operations`: the operations of `backends.contract` one by one, on the arrays of any backend: CuPy's share the memory of
-  CUDA tensors and run on PyTorch's current stream;
-- `composed`: PyTorch's own operations. Second derivatives go this way, so do `torch.func`'s transforms and tensors that no
-  backend takes, and so does everything that is to be refused, since PyTorch says best what is wrong.
+- `Operations`: the operations of `backends.contract` one by one, on the arrays of any backend: CuPy's share the memory
+  of CUDA tensors and run on PyTorch's current stream;
+- `composed`: PyTorch's own operations. Second derivatives go this way, so do `torch.func`'s transforms and tensors that
+  no backend takes, and so does everything that is to be refused, since PyTorch says best what is wrong.
 
-PyTorch's weight is (n_out, n_in), this library's W its transpose. `Compiled` reads and writes PyTorch's layout as it is;
-`transposed` is the one place where it is copied.
+PyTorch's weight is (n_out, n_in), this library's W its transpose. `Compiled` reads and writes PyTorch's layout as it
+is; `transposed` is the one place where it is copied.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """With create_graph=True the gradients are composed, so that they have gradients of their own."""
         X, *rest = ctx.saved_tensors
         parameters, kept = rest[: ctx.n_parameters], rest[ctx.n_parameters :]
@@ -158,9 +158,7 @@ class Compiled:
         if n_rows:
             addresses = _addresses(held)
             to = kept[0].data_ptr() if keep else 0
-            self._passes.forward(
-                n_rows, X.data_ptr(), addresses[::2], addresses[1::2], out.data_ptr(), to, dropout
-            )
+            self._passes.forward(n_rows, X.data_ptr(), addresses[::2], addresses[1::2], out.data_ptr(), to, dropout)
         return out, kept
 
     def backward(

@@ -4,21 +4,21 @@
     mlp = from_torch(sequential)                              the same parameters, so an optimizer goes on with them
     sequential = mlp.to_torch()
 
-For layer l = 1 … L, a⁰ = X: z = a_prev Wᵀ + b, a = dropout(σ(z)), with PyTorch's weight W (n_out, n_in); the output layer
-has no σ unless it is asked for. The whole network is one node of the graph.
+For layer l = 1 … L, a⁰ = X: z = a_prev Wᵀ + b, a = dropout(σ(z)), with PyTorch's weight W (n_out, n_in); the output
+layer has no σ unless it is asked for. The whole network is one node of the graph.
 
 What computes:
 
 | tensors | forward, first derivatives | derivatives of derivatives |
 |---|---|---|
-| CPU, float32 and float64 | compiled passes of the `cpu` backend, a tile of rows through all layers at a time | composed |
+| CPU, float32 and float64 | compiled passes of the `cpu` backend, a tile of rows at a time | composed |
 | CPU, bfloat16 and float16 | the same in float32, with the results rounded once | composed, in float32 |
-| CUDA | the operations of the `cuda` backend one by one, in the tensors' memory, on PyTorch's current stream | composed |
+| CUDA | the `cuda` backend's operations, in the tensors' memory, on PyTorch's current stream | composed |
 | other devices; `torch.func`'s grad, vmap, jvp …; tensor subclasses | composed | composed |
 
-"Composed" means PyTorch's own operations. With create_graph=True the first gradient is composed too: of a fused one there
-would be no derivative. Under torch.compile the module is a graph break: it runs as it is, and what stands around it is
-compiled. On CUDA nothing has been measured yet.
+"Composed" means PyTorch's own operations. With create_graph=True the first gradient is composed too: of a fused one
+there would be no derivative. Under torch.compile the module is a graph break: it runs as it is, and what stands around
+it is compiled. On CUDA nothing has been measured yet, nor been run on a GPU; CUDA graphs are not supported.
 
 Dropout draws one number from PyTorch's CPU generator in each forward pass, as the key of Philox masks that the backward
 pass draws anew: `torch.manual_seed` repeats it, and nothing is stored. A CUDA graph would replay the same masks, so
@@ -27,7 +27,7 @@ dropout refuses to be captured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
@@ -54,7 +54,8 @@ class FusedMLP(nn.Module):
     """A multilayer perceptron as a PyTorch module, computed as a whole by this library.
 
     Its parameters, their names and their initial values are those of an `nn.Sequential` of `nn.Linear`, activations and
-    `nn.Dropout` where a rate is given ("0.weight", "0.bias", "2.weight", …), so a `state_dict` loads and saves either way.
+    `nn.Dropout` where a rate is given ("0.weight", "0.bias", "2.weight", …), so a `state_dict` loads and saves either
+    way.
     Those modules are its children, and hold parameters and settings; they are not called, so hooks on them do not run.
     A `Dropout` child's own `p` and `training` count.
 
@@ -157,13 +158,14 @@ class FusedMLP(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """The output, (…, n_outputs), for X (…, n_inputs)."""
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(_forward)(self, X)
+            outside: Callable[[FusedMLP, Tensor], Tensor] = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
+            return outside(self, X)
         return _forward(self, X)
 
     def _parameters_in_turn(self) -> list[Tensor | None]:
         """Weight and bias of each layer, as they are now: `functional_call` and parametrizations replace them."""
         linears = [self._modules[layer.linear] for layer in self._layers]
-        return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]  # type: ignore[union-attr]
+        return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]  # type: ignore[union-attr, misc]
 
     def _rates(self) -> tuple[float, ...] | None:
         """Dropout's rate for each layer, None where nothing is left out."""
@@ -295,15 +297,17 @@ def to_mlp(module: nn.Sequential | FusedMLP, loss: str = "cross_entropy", **sett
 
     module : as for `from_torch`; on any device, in any dtype
     loss, settings : as for `MLP`: output_activation, alpha, dtype ("float64" for a float64 module, else "float32"),
-        backend, seed. The loss's own output activation (softmax, sigmoid, exp) is on top of the module's outputs; with a
-        regression loss it is the module's last activation.
+        backend, seed. The loss's own output activation (softmax, sigmoid, exp) is on top of the module's outputs; with
+        a regression loss it is the module's last activation.
 
     A Linear without bias becomes a layer with b = 0. Raises as `from_torch` and `MLP`.
     """
     mlp = module if isinstance(module, FusedMLP) else from_torch(module)
     network = mlp._network
     parameters = [None if p is None else p.detach().cpu() for p in mlp._parameters_in_turn()]
-    settings.setdefault("dtype", "float64" if parameters[0] is not None and parameters[0].dtype == torch.float64 else "float32")
+    settings.setdefault(
+        "dtype", "float64" if parameters[0] is not None and parameters[0].dtype == torch.float64 else "float32"
+    )
     if network.sigmas[-1] != "identity":
         settings.setdefault("output_activation", network.sigmas[-1])
     dropout = [_dropout_rate(mlp, layer) for layer in mlp._layers[:-1]]

@@ -1,8 +1,8 @@
 """Whole forward and backward passes on the CPU, for another library's autograd: the host's side of
 `kernels/numba_cpu/passes.py`.
 
-Arrays come as addresses of their first entries, because a small network's pass takes no longer than wrapping ten arrays.
-Whoever calls answers for them: of `dtype`, contiguous, on this machine, and alive until the call returns.
+Arrays come as addresses of their first entries, because a small network's pass takes no longer than wrapping ten
+arrays. Whoever calls answers for them: of `dtype`, contiguous, on this machine, and alive until the call returns.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Passes:
         end = self.n_transposed if self.split_rows else GROUP * BLOCK_ROWS * self.panel
         for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
             layer["db"], end = end, end + n_out
-        return end
+        return int(end)
 
     def _place_columns(self) -> tuple[int, int]:
         """X, then a, and z where σ′ needs it, of every layer but an output layer without σ; and δ of every layer.
@@ -135,7 +135,7 @@ class Passes:
         """Rows that a thread takes through all layers at a time: as many as its cache holds."""
         most = cpu_plan.TILE_BYTES if self.split_rows else SHARED_TILE_BYTES
         rows = most // (self.dtype.itemsize * (self.kept_columns + self.delta_columns))
-        return max(BLOCK_ROWS, min(cpu_plan.TILE_ROWS, rows) // BLOCK_ROWS * BLOCK_ROWS)
+        return int(max(BLOCK_ROWS, min(cpu_plan.TILE_ROWS, rows) // BLOCK_ROWS * BLOCK_ROWS))
 
     # Memory
 
@@ -152,7 +152,7 @@ class Passes:
         rows = int(round_up(n_rows, BLOCK_ROWS))
         if rows >= 8 * self.tile_rows:
             return rows + self.tile_rows
-        return rows + BLOCK_ROWS * (rows * self.panel * self.dtype.itemsize % PAGE == 0)
+        return rows + int(BLOCK_ROWS) * (rows * self.panel * self.dtype.itemsize % PAGE == 0)
 
     def _workspace(self) -> Workspace:
         line = cpu_plan.ALIGNMENT // self.dtype.itemsize
@@ -177,7 +177,7 @@ class Passes:
 
     def _span(self, columns: int) -> int:
         """From one thread's tile of so many columns to the next: not a multiple of a page."""
-        return columns * self.tile_rows + 2 * self.panel
+        return int(columns * self.tile_rows + 2 * self.panel)
 
     # The passes
 

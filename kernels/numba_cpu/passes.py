@@ -7,8 +7,8 @@ Weights are the caller's own arrays in the layout (n_out, n_in), Wᵀ in row-maj
 backward product δ Wᵀ wants just that in panels, which is a copy by runs; the forward product wants W in panels, and
 `pack_transposed` transposes squares in registers on the way. ∂C/∂Wᵀ = δᵀ a_prev is computed as it is wanted.
 
-Each thread takes its rows, a tile at a time, through all layers. With `split_rows` it sums ∂C/∂W over its own rows while
-it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows. Nothing
+Each thread takes its rows, a tile at a time, through all layers. With `split_rows` it sums ∂C/∂W over its own rows
+while it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows. Nothing
 depends on timing, so the same number of threads gives the same bits.
 """
 
@@ -343,7 +343,9 @@ def multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_
 def layer_backward(thread, network, layer, index, next_layer, work, kept, deltas, at, at_delta, row, n_rows):
     """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole blocks."""
     stride = network.delta_stride
-    times_transposed(next_layer, work, deltas, next_layer.delta + at_delta, stride, deltas, layer.delta + at_delta, stride, n_rows)
+    times_transposed(
+        next_layer, work, deltas, next_layer.delta + at_delta, stride, deltas, layer.delta + at_delta, stride, n_rows
+    )
     multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_delta, row, n_rows)
 
 
