@@ -82,6 +82,10 @@ class Case:
         order = self.order().reshape(self.n_batches, self.batch_size)
         return X[order], y[order]
 
+    def d_out(self) -> Array:
+        """∂C/∂out for one mini-batch, (batch_size, n_outputs) float32, standard normal."""
+        return np.random.default_rng(2).standard_normal((self.batch_size, self.layer_sizes[-1]), dtype=np.float32)
+
     def network(self, backend: str = "numpy", dtype: str = "float32") -> bp.MLP:
         """A network with the initial weights, which are the same for every backend and dtype, to rounding."""
         return bp.MLP(self.layer_sizes, self.activation, backend=backend, dtype=dtype, seed=0)

@@ -52,6 +52,21 @@ def _wrong_labels(case: Case, labels: npt.NDArray[Any]) -> float:
     return float(np.mean(labels != case.network(dtype="float64").predict(case.data()[0])))
 
 
+def _gradient_error(case: Case, gradients: tuple[Sequence[npt.NDArray[Any]], Sequence[npt.NDArray[Any]]]) -> float:
+    """Of ∂C/∂W and ∂C/∂b of every layer for the first mini-batch, relative to the largest entry of each."""
+    net, ops = case.network(dtype="float64"), bp.get_backend("numpy")
+    forward = net.forward(case.batches()[0][0].astype(np.float64))
+    delta, errors = case.d_out().astype(np.float64), []
+    for layer in reversed(range(len(net.W))):
+        exact = ops.dense_gradients(forward.a_prev[layer], delta)
+        found = (gradients[0][layer], gradients[1][layer])
+        errors += [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, exact, strict=True)]
+        if layer > 0:
+            sigma = net.architecture.activations[layer - 1]
+            delta = ops.dense_backward(delta, net.W[layer], forward.kept[layer - 1], sigma)
+    return max(errors)
+
+
 # The operations, one by one, on one layer: its arrays, and the reference's answers in float64
 
 
@@ -149,6 +164,12 @@ TASKS = {
             number=lambda case, parameters: case.loss(*parameters),
             expected=_training_loss,
             multiple=lambda case: case.n_batches,
+        ),
+        Task(
+            "autograd",
+            variants=lambda contender, case: contender.autograd(case),
+            number=_gradient_error,
+            expected=lambda case: (0.0, OPERATION_TOLERANCE),
         ),
         Task(
             "prediction",

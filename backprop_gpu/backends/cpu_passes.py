@@ -152,7 +152,7 @@ class Passes:
         rows = int(round_up(n_rows, BLOCK_ROWS))
         if rows >= 8 * self.tile_rows:
             return rows + self.tile_rows
-        return rows + int(BLOCK_ROWS) * (rows * self.panel * self.dtype.itemsize % PAGE == 0)
+        return int(rows + int(BLOCK_ROWS) * (rows * self.panel * self.dtype.itemsize % PAGE == 0))
 
     def _workspace(self) -> Workspace:
         line = cpu_plan.ALIGNMENT // self.dtype.itemsize

@@ -17,6 +17,7 @@ GPU_PEERS = ("torch@cuda", "torch-compile@cuda", "torch-graph@cuda", "jax@cuda",
 CLASSES = {
     FLOOR: ("floor", "Products"),
     "torch": ("torch_peers", "TorchEager"),
+    "fused-module": ("torch_peers", "FusedModule"),
     "torch-compile": ("torch_peers", "TorchCompile"),
     "torch-graph": ("torch_peers", "TorchGraph"),
     "jax": ("jax_peer", "Jax"),

@@ -64,6 +64,10 @@ class Contender(ABC):
         """Training steps: forward, softmax cross-entropy, backward, Adam, one mini-batch after the other."""
         raise Unsupported("trains nothing")
 
+    def autograd(self, case: Case) -> Variants:
+        """Forward and backward pass under PyTorch's autograd, from ∂C/∂out = `Case.d_out`."""
+        raise Unsupported("is no PyTorch module")
+
     def prediction(self, case: Case) -> Variants:
         """Labels of all rows."""
         raise Unsupported("predicts nothing")

@@ -14,7 +14,7 @@ from bench.contenders.contract import Contender, Parameters, Unsupported, Varian
 from bench.datasets import Fit
 from bench.tasks import COPY, layer, outputs
 
-__all__ = ["TorchCompile", "TorchEager", "TorchGraph"]
+__all__ = ["FusedModule", "TorchCompile", "TorchEager", "TorchGraph"]
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -53,6 +53,10 @@ class TorchEager(_Torch):
         """With each implementation of Adam that PyTorch has."""
         return {name: partial(_Eager, case, self.device, adam) for name, adam in _ADAM.items()}
 
+    def autograd(self, case: Case) -> Variants:
+        """As it is."""
+        return {"": partial(_Autograd, case, self.device, lambda model: model)}
+
     def prediction(self, case: Case) -> Variants:
         """All rows at once, and in pieces that stay in cache."""
         return {f"{rows} rows at a time": partial(_Prediction, case, self.device, rows) for rows in (case.n_rows, 8192)}
@@ -76,6 +80,18 @@ class TorchEager(_Torch):
             _synchronise(self.device)
             spent += time.perf_counter() - start
             yield spent, _parameters(model)
+
+
+class FusedModule(_Torch):
+    """`backprop_gpu.torch.from_torch` of the same `nn.Sequential`: ours, in PyTorch's loop."""
+
+    label = "FusedMLP"
+
+    def autograd(self, case: Case) -> Variants:
+        """The same parameters."""
+        from backprop_gpu.torch import from_torch
+
+        return {"": partial(_Autograd, case, self.device, from_torch)}
 
 
 class TorchCompile(_Torch):
@@ -204,6 +220,36 @@ class _Eager(_Steps):
     def step(self, i: int) -> None:
         """A step on mini-batch i."""
         _step(self.model, self.optimizer, self.loss, *self.batches[i])
+
+
+class _Autograd(Work):
+    """Forward and backward pass of one mini-batch after another; the gradients are new each time."""
+
+    def __init__(self, case: Case, device: str, convert: Callable[[Any], Any]) -> None:
+        import torch
+
+        self.device = device
+        self.batches = torch.from_numpy(case.batches()[0]).to(device).unbind()
+        self.d_out = torch.from_numpy(case.d_out()).to(device)
+        self.model = _model(case).to(device)
+        self.parameters = list(self.model.parameters())
+        self.module = convert(self.model)
+
+    def run(self, n: int) -> float | None:
+        """n passes, round and round the mini-batches."""
+        return _timed(self.device, lambda: [self.step(i % len(self.batches)) for i in range(n)])
+
+    def step(self, i: int) -> None:
+        """Both passes on mini-batch i."""
+        for p in self.parameters:
+            p.grad = None
+        self.module(self.batches[i]).backward(self.d_out)
+
+    def result(self) -> Parameters:
+        """∂C/∂W, transposed, and ∂C/∂b of the first mini-batch."""
+        self.step(0)
+        values = [np.array(p.grad.cpu()) for p in self.parameters]
+        return [np.array(W.T) for W in values[::2]], values[1::2]
 
 
 class _CompiledLoss(_Eager):

@@ -8,8 +8,8 @@ backward product δ Wᵀ wants just that in panels, which is a copy by runs; the
 `pack_transposed` transposes squares in registers on the way. ∂C/∂Wᵀ = δᵀ a_prev is computed as it is wanted.
 
 Each thread takes its rows, a tile at a time, through all layers. With `split_rows` it sums ∂C/∂W over its own rows
-while it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows. Nothing
-depends on timing, so the same number of threads gives the same bits.
+while it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows.
+Nothing depends on timing, so the same number of threads gives the same bits.
 """
 
 from __future__ import annotations
