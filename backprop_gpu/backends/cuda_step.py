@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,9 @@ class StepTrainer(Trainer):
 
     def __init__(self, job: TrainingJob, kernels: Kernels) -> None:
         self.job, self.kernels, self.cp = job, kernels, kernels.cp
-        self.stream = self.cp.cuda.Stream(non_blocking=True)
+        self.stream, self.beside = (self.cp.cuda.Stream(non_blocking=True) for _ in range(2))
         self.graphs: dict[tuple[int, int], Any] = {}
-        self.captured: list[Launch] = []
+        self.captured: list[Step] = []
         """Whose arrays the graphs need as long as they live."""
         self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
@@ -92,13 +92,12 @@ class StepTrainer(Trainer):
     def _graph(self, n_steps: int, n_rows: int) -> Any:
         key = (n_steps, n_rows)
         if key not in self.graphs:
-            launches = self.buffers.step(n_rows, self.tables, self.data.rows)  # which compiles: a capture must not
+            step = self.buffers.step(n_rows, self.tables, self.data.rows)  # which compiles: a capture must not
             self.stream.begin_capture()
             for _ in range(n_steps):
-                for launch in launches:
-                    launch()
+                step(self.stream, self.beside)
             self.graphs[key] = self.stream.end_capture()
-            self.captured += launches
+            self.captured.append(step)
         return self.graphs[key]
 
     def _make_room(self, n_steps: int) -> None:
@@ -172,6 +171,30 @@ class Tables:
             self.share[: len(order)].set(share)
 
 
+class Step(NamedTuple):
+    """The launches of one step, in their order."""
+
+    forward: list[Launch]
+    """The rows of the mini-batch, every layer, the loss and δ of the output layer."""
+    backward: list[tuple[Launch, Launch | None]]
+    """From the output layer on: a layer's dW and db, and δ of the layer below; neither needs the other."""
+    update: list[Launch]
+
+    def __call__(self, stream: Any, beside: Any) -> None:
+        """On `stream`, the current one; the gradients on the stream `beside` it, while δ goes on down the layers."""
+        for launch in self.forward:
+            launch()
+        for gradients, delta in self.backward:
+            beside.wait_event(stream.record())
+            with beside:
+                gradients()
+            if delta is not None:
+                delta()
+        stream.wait_event(beside.record())
+        for launch in self.update:
+            launch()
+
+
 class Buffers:
     """All arrays that a step works in, for mini-batches of up to batch_size rows, and the launches of a step."""
 
@@ -207,23 +230,22 @@ class Buffers:
         of_rows = 3 * job.batch_size * sum(job.architecture.layer_sizes)
         return int((of_rows + 4 * job.architecture.n_parameters) * job.parameters.dtype.itemsize)
 
-    def step(self, n_rows: int, tables: Tables, rows: Array) -> list[Launch]:
-        """The launches of a step with n_rows rows, in order: 3 L + 2, and one more to clip or to scale gradients."""
+    def step(self, n_rows: int, tables: Tables, rows: Array) -> Step:
+        """The launches of a step with n_rows rows: 3 L + 2, and one more to clip or to scale gradients."""
         a, delta = [x[:n_rows] for x in self.a], [x[:n_rows] for x in self.delta]
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
+        place = (tables.row_order, tables.counters, a[0], self.job.batch_size)
+        gather = self.kernels.gather(rows, *place, dtype=self.job.dtype)
         gradients = Gradients(self.job, self.kernels, n_rows)
-        launches = [
-            self.kernels.gather(
-                rows, tables.row_order, tables.counters, a[0], self.job.batch_size, dtype=self.job.dtype
-            )
-        ]
-        launches += self._forward(a, z, z_out, tables)
-        launches.append(self._output_delta(z_out, delta[-1], tables))
-        for layer in reversed(range(self.job.architecture.n_layers)):
-            launches.append(gradients.of_layer(layer, a[layer], delta[layer]))
-            if layer:
-                launches.append(self._backward(layer, a, z, delta, tables))
-        return launches + self._update(gradients, tables)
+        layers = reversed(range(self.job.architecture.n_layers))
+        return Step(
+            [gather, *self._forward(a, z, z_out, tables), self._output_delta(z_out, delta[-1], tables)],
+            [
+                (gradients.of_layer(i, a[i], delta[i]), self._backward(i, a, z, delta, tables) if i else None)
+                for i in layers
+            ],
+            self._update(gradients, tables),
+        )
 
     def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launch]:
         forward = self.kernels.dense_forward
