@@ -106,7 +106,8 @@ class MLP:
         Uniform with variance 2 / (n_in + n_out) or 2 / n_in; "auto" takes what suits each layer's activation.
         Biases start at 0.
     dtype : "float32" or "float64"
-        What the network computes in; other dtypes where a backend offers them.
+        What the network computes in. On a GPU also "tf32", "bfloat16" and "float16": products of operands rounded to
+        it, on the tensor cores, beside parameters, sums and an optimizer in float32.
     backend : str
         "auto", or a name of `backends()`.
     seed : int or None

@@ -41,8 +41,8 @@ class StepTrainer(Trainer):
         self.job, self.kernels, self.cp = job, kernels, kernels.cp
         self.stream, self.beside = (self.cp.cuda.Stream(non_blocking=True) for _ in range(2))
         self.graphs: dict[tuple[int, int], Any] = {}
-        self.captured: list[Step] = []
-        """Whose arrays the graphs need as long as they live."""
+        self.steps: dict[int, Step] = {}
+        """By rows of a mini-batch. Graphs replay addresses, so what they were captured from lives as long as they."""
         self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
             self.buffers = Buffers(job, kernels)
@@ -92,19 +92,23 @@ class StepTrainer(Trainer):
     def _graph(self, n_steps: int, n_rows: int) -> Any:
         key = (n_steps, n_rows)
         if key not in self.graphs:
-            step = self.buffers.step(n_rows, self.tables, self.data.rows)  # which compiles: a capture must not
+            step = self._step(n_rows)  # which compiles and allocates: a capture must not
             self.stream.begin_capture()
             for _ in range(n_steps):
                 step(self.stream, self.beside)
             self.graphs[key] = self.stream.end_capture()
-            self.captured.append(step)
         return self.graphs[key]
+
+    def _step(self, n_rows: int) -> Step:
+        if n_rows not in self.steps:
+            self.steps[n_rows] = self.buffers.step(n_rows, self.tables, self.data.rows)
+        return self.steps[n_rows]
 
     def _make_room(self, n_steps: int) -> None:
         """Tables for so many steps; graphs hold the addresses of the ones that they were captured with."""
         if n_steps > self.tables.n_steps:
             self.graphs.clear()
-            self.captured.clear()
+            self.steps.clear()
             self.tables = Tables(self.job, self.cp, n_steps)
 
     @contextmanager
