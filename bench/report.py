@@ -1,8 +1,8 @@
 """Write the tables and plots from what they describe: `python -m bench.report`, or `--check` to compare only.
 
 Tables stand between markers. Those of the activations and losses in README.md, and of the floors in kernels/README.md,
-come from the code, that of the speed from the files in bench/results/, as do bench/RESULTS.md and bench/plots/. No figure
-is written by hand.
+come from the code; that of the speed from the files in bench/results/, as do bench/RESULTS.md and bench/plots/. No
+figure is written by hand.
 """
 
 from __future__ import annotations
