@@ -272,3 +272,18 @@ struct Simt {
         }
     }
 };
+
+// An epilogue alone, on a product that is there already: n_rows x n_out, four neighbours of a row to a thread.
+constexpr int PASS_THREADS = 128;
+
+template <class T, class Epilogue>
+__device__ __forceinline__ void for_each_quad_of(const T* product, int n_rows, int n_out, Epilogue epilogue) {
+    const int quads = (n_out + 3) / 4;
+    const long long i = static_cast<long long>(blockIdx.x) * PASS_THREADS + threadIdx.x;
+    if (i >= static_cast<long long>(n_rows) * quads) return;
+    const int row = static_cast<int>(i / quads), column = static_cast<int>(i % quads) * 4;
+    const int n = n_out - column < 4 ? n_out - column : 4;
+    T values[4];
+    load_quad(product + static_cast<long long>(row) * n_out + column, n, quads_fit(product, n_out), values);
+    epilogue(row, column, values, n);
+}
