@@ -324,6 +324,7 @@ class MLP:
         checkpoint: PathLike | None = None,
         shuffle: bool = True,
         progress: bool | None = None,
+        tune: bool = False,
     ) -> History:
         """Train on mini-batches for a number of epochs, from the parameters as they are, with a fresh optimizer state.
 
@@ -357,6 +358,9 @@ class MLP:
             A new order of the rows for each epoch.
         progress : bool, optional
             Show a progress bar; by default only where stderr is a terminal.
+        tune : bool
+            On a GPU, measure each product's tiles, and cuBLAS with a fused pass, for this network and batch_size first,
+            and take the fastest; what won is remembered on disk. Other backends have no such choice.
 
         Returns
         -------
@@ -385,6 +389,7 @@ class MLP:
             checkpoint=checkpoint,
             shuffle=shuffle,
             progress=progress,
+            tune=tune,
         )
 
     def partial_fit(

@@ -82,6 +82,8 @@ class TrainingJob:
     """Key of the dropout masks."""
     steps_before: int
     """Updates that the network had before this run: dropout counts its steps on from there, the optimizer from 0."""
+    tune: bool = False
+    """Measure the ways that the backend has, first, and take the fastest."""
 
 
 class Trainer(ABC):

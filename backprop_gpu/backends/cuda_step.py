@@ -24,6 +24,7 @@ from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, T
 from backprop_gpu.backends.cuda_data import data_of
 from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
+from backprop_gpu.backends.cuda_products import Launchable, Products
 
 __all__ = ["StepTrainer"]
 
@@ -45,7 +46,8 @@ class StepTrainer(Trainer):
         """By rows of a mini-batch. Graphs replay addresses, so what they were captured from lives as long as they."""
         self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
-            self.buffers = Buffers(job, kernels)
+            products = Products(kernels, job.dtype, job.tune, (self.stream, self.beside))
+            self.buffers = Buffers(job, kernels, products)
             self.data = data_of(job, self.cp)
 
     def run(
@@ -178,11 +180,11 @@ class Tables:
 class Step(NamedTuple):
     """The launches of one step, in their order."""
 
-    forward: list[Launch]
+    forward: list[Launchable]
     """The rows of the mini-batch, every layer, the loss and δ of the output layer."""
-    backward: list[tuple[Launch, Launch | None]]
+    backward: list[tuple[Launchable, Launchable | None]]
     """From the output layer on: a layer's dW and db, and δ of the layer below; neither needs the other."""
-    update: list[Launch]
+    update: list[Launchable]
 
     def __call__(self, stream: Any, beside: Any) -> None:
         """On `stream`, the current one; the gradients on the stream `beside` it, while δ goes on down the layers."""
@@ -202,8 +204,8 @@ class Step(NamedTuple):
 class Buffers:
     """All arrays that a step works in, for mini-batches of up to batch_size rows, and the launches of a step."""
 
-    def __init__(self, job: TrainingJob, kernels: Kernels) -> None:
-        self.job, self.kernels = job, kernels
+    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products) -> None:
+        self.job, self.kernels, self.products = job, kernels, products
         cp, sizes, N, dtype = kernels.cp, job.architecture.layer_sizes, job.batch_size, job.parameters.dtype
         operand = NUMBERS[job.dtype].array
         self.a = [cp.empty((N, n), operand) for n in sizes[:-1]]  # a[0] is X
@@ -218,6 +220,9 @@ class Buffers:
         self.W, _ = job.architecture.views(job.parameters if self.copy is None else self.copy)
         _, self.b = job.architecture.views(job.parameters)
         self.loss_scale = cp.asarray(np.array([FIRST_LOSS_SCALE, 0.0])) if job.dtype == "float16" else None
+        if products.tuning is not None:
+            for buffer in (*self.a, *self.delta, *(z for z in self.z if z is not None)):
+                products.tuning.fill(buffer, job.dtype)
         # Clipping, and leaving a step out, need the whole gradient before the first parameter changes.
         self.whole_gradient = job.optimizer.clip_norm is not None or self.loss_scale is not None
         self.gradients = cp.empty(job.parameters.shape, dtype) if self.whole_gradient else None
@@ -240,7 +245,7 @@ class Buffers:
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
         place = (tables.row_order, tables.counters, a[0], self.job.batch_size)
         gather = self.kernels.gather(rows, *place, dtype=self.job.dtype)
-        gradients = Gradients(self.job, self.kernels, n_rows)
+        gradients = Gradients(self.job, self.kernels, self.products, n_rows)
         layers = reversed(range(self.job.architecture.n_layers))
         return Step(
             [gather, *self._forward(a, z, z_out, tables), self._output_delta(z_out, delta[-1], tables)],
@@ -251,8 +256,8 @@ class Buffers:
             self._update(gradients, tables),
         )
 
-    def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launch]:
-        forward = self.kernels.dense_forward
+    def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launchable]:
+        forward = self.products.forward
         hidden = [
             forward(
                 a[layer],
@@ -263,19 +268,17 @@ class Buffers:
                 self._sigma(layer),
                 self._dropout(layer),
                 tables.counters[1:],
-                dtype=self.job.dtype,
             )
             for layer in range(len(z))
         ]
-        output = forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None, dtype=self.job.dtype)
-        return [*hidden, output]
+        return [*hidden, forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None, tables.counters[1:])]
 
     def _backward(
         self, layer: int, a: list[Array], z: list[Array | None], delta: list[Array], tables: Tables
-    ) -> Launch:
+    ) -> Launchable:
         """δ of the layer below `layer`."""
         below = layer - 1
-        return self.kernels.dense_backward(
+        return self.products.backward(
             delta[layer],
             self.W[layer],
             a[layer] if z[below] is None else z[below],
@@ -283,7 +286,6 @@ class Buffers:
             self._sigma(below),
             self._dropout(below),
             tables.counters[1:],
-            dtype=self.job.dtype,
         )
 
     def _sigma(self, layer: int) -> str:
@@ -311,7 +313,7 @@ class Buffers:
             scratch=self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape)),
         )
 
-    def _update(self, gradients: Gradients, tables: Tables) -> list[Launch]:
+    def _update(self, gradients: Gradients, tables: Tables) -> list[Launchable]:
         """The pass of the optimizer, after the one that clips, if there is one."""
         job, n_blocks = self.job, gradients.n_blocks
         parts, table, launches = gradients.parts, gradients.table, []
@@ -353,8 +355,8 @@ class Buffers:
 class Gradients:
     """The gradients of a step in parts, those of W[l] and of b[l] each by themselves, as the flat vector has them."""
 
-    def __init__(self, job: TrainingJob, kernels: Kernels, n_rows: int) -> None:
-        self.kernels = kernels
+    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products, n_rows: int) -> None:
+        self.products = products
         shapes, dtype = list(pairwise(job.architecture.layer_sizes)), job.parameters.dtype
         self.plans = [cuda_plan.parts(n_rows, *shape, job.dtype, kernels.n_processors) for shape in shapes]
         n_parts = [plan.n_parts for plan in self.plans]
@@ -368,12 +370,12 @@ class Gradients:
         self.table_of_whole = kernels.cp.asarray(stretches(whole, 1))
         self.n_blocks = kernels.parameter_blocks(counts)
 
-    def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launch:
+    def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launchable:
         """dense_gradients of that layer, into its parts."""
         plan, n_in, n_out = self.plans[layer], a_prev.shape[1], delta.shape[1]
         dW = self._view(layer, plan.n_parts * n_in * n_out).reshape(plan.n_parts, n_in, n_out)
         db = self._view(layer + len(self.plans), plan.n_parts * n_out).reshape(plan.n_parts, n_out)
-        return self.kernels.dense_gradients(a_prev, delta, dW, db, plan)
+        return self.products.gradients(a_prev, delta, dW, db, plan)
 
     def _view(self, stretch: int, count: int) -> Array:
         return self.parts[self.begins[stretch] : self.begins[stretch] + count]
