@@ -90,6 +90,7 @@ class Kernels:
         sources = sorted([*self.folder.glob("*.cu"), *self.folder.glob("*.cuh")])
         self.digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         self._functions: dict[tuple[int, str], Any] = {}
+        self._n_processors: dict[int, int] = {}
 
     def function(self, file: str, expression: str, shared_bytes: int = 0) -> Any:
         """The kernel of that name from kernels/cuda/, compiled for the current device."""
@@ -109,7 +110,10 @@ class Kernels:
     @property
     def n_processors(self) -> int:
         """Streaming multiprocessors of the current device."""
-        return int(self.cp.cuda.Device().attributes["MultiProcessorCount"])
+        device = self.cp.cuda.Device()
+        if device.id not in self._n_processors:  # CuPy asks the driver for all attributes of a device each time
+            self._n_processors[device.id] = int(device.attributes["MultiProcessorCount"])
+        return self._n_processors[device.id]
 
     def scratch(self, n_blocks: int) -> tuple[Array, Array]:
         """(of_block, ticket) for a sum over so many blocks; launches that may run at once need one each."""
