@@ -10,8 +10,7 @@ their sum, c = ½ Σₖ (aₖ − yₖ)² as this library does, and reports thei
 
 What differs: a sample weight below 0, and a negative y for the poisson loss, are refused; `early_stopping` always ends
 with the best epoch's parameters, where scikit-learn's second warm start may end with its last; a run whose loss is no
-longer finite does not go on through all its mini-batches; on a backend that takes whole steps by itself, Adam's ε is
-the library's, added to √v̂ after the bias correction, which shows in weights whose gradient is of the size of ε.
+longer finite does not go on through all its mini-batches.
 """
 
 from __future__ import annotations

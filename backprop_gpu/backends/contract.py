@@ -105,6 +105,22 @@ class Trainer(ABC):
         at once.
         """
 
+    def run_epochs(
+        self,
+        orders: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> npt.NDArray[np.float64] | None:
+        """`run` for each row of `orders` in turn, or None, and nothing done, where this trainer has no such path.
+
+        Without one, the caller composes it of `run`. orders : (n_epochs, n_rows); learning_rates, alphas :
+        (n_epochs, n_steps). Returns (n_epochs, n_steps, 2): C of each step without the penalty, and the penalty
+        ½ alpha Σ W²; NaN for the steps that were not made.
+        """
+        return None
+
 
 class Backend(ABC):
     """The operations of one backend; stateless, so one instance serves every network."""

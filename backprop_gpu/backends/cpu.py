@@ -88,7 +88,7 @@ class CpuBackend(NumpyBackend):
         delta: Array,
     ) -> float:
         n = len(z)
-        share, _ = shares(np.arange(n), sample_weight, n)
+        share, _ = shares(np.arange(n), sample_weight, np.array([0, n]))
         labels = target if target.ndim == 1 else np.empty(0, np.int32)
         values = target if target.ndim == 2 else np.empty((0, 0), z.dtype)
         batches = Batches(values, plain(labels), plain(values), np.arange(n), share)

@@ -140,13 +140,12 @@ class Layout:
         self,
         architecture: Architecture,
         optimizer: Optimizer | None = None,
-        batch_size: int = 0,
         seed: int = 0,
     ) -> Record:
         """The PLAN record; a forward pass needs no optimizer."""
         plan = self.plan
         record = np.zeros(1, PLAN)
-        record["n_layers"], record["n_threads"], record["batch_size"] = len(self.layers), plan.n_threads, batch_size
+        record["n_layers"], record["n_threads"] = len(self.layers), plan.n_threads
         record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
         record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
         record["tile_stride"], record["tile_span"] = self.tile_stride, self._span(self.n_scratch)
