@@ -254,23 +254,35 @@ class _FullCost:
     """(the reported loss, the gradient) of a flat vector of parameters."""
 
     def __init__(self, problem: Problem) -> None:
+        net = problem.net
         self.problem = problem
-        self.gradients = problem.net.ops.empty(problem.net.parameters.shape, problem.net.parameters.dtype)
+        self.gradients = net.ops.empty(net.parameters.shape, net.parameters.dtype)
         self.n_rows = len(problem.rows)
-        self.chunks = problem.net._chunks(self.n_rows)  # so that a sparse X is never dense as a whole
+        self.chunks = net._chunks(self.n_rows)  # so that a sparse X is never dense as a whole
         self.weight = self._weight(slice(None))
         self.alpha = problem.alpha / self.weight
+        taken = (problem.rows, problem.target, problem.sample_weight)
+        batch_size = len(range(self.n_rows)[self.chunks[0]])
+        self.trainer = training._trainer(net, training._job(net, SGD(), taken, batch_size, 0))
 
     def __call__(self, x: Floats) -> tuple[float, Floats]:
         net = self.problem.net
         net.parameters[...] = net.ops.asarray(x, net._array_dtype)
-        loss, gradient = 0.0, np.zeros(len(x))
+        cost = self.trainer.gradient(self.gradients, self.alpha)
+        if cost is None:
+            cost, gradient = self._chunk_by_chunk()
+        else:
+            gradient = net.ops.to_numpy(self.gradients).astype(np.float64)
+        return self.problem.reported(cost, net._penalty(self.alpha)), gradient
+
+    def _chunk_by_chunk(self) -> tuple[float, Floats]:
+        """C without the penalty, and the gradient, for a trainer that has neither."""
+        cost, gradient = 0.0, np.zeros(self.gradients.shape)
         for chunk in self.chunks:
             share = self._weight(chunk) / self.weight
-            loss += share * self._chunk(chunk)
-            gradient += share * net.ops.to_numpy(self.gradients)
-        penalty = net._penalty(self.alpha)
-        return self.problem.reported(loss - penalty, penalty), gradient
+            cost += share * self._chunk(chunk)
+            gradient += share * self.problem.net.ops.to_numpy(self.gradients)
+        return cost - self.problem.net._penalty(self.alpha), gradient
 
     def _weight(self, chunk: slice) -> float:
         """The rows' weights, added up; their number, where they have none."""

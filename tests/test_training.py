@@ -174,6 +174,24 @@ def test_several_epochs_that_are_told_to_stop_say_what_they_made(X, y):
     assert sum(seen) == n_rows[made].sum()
 
 
+@pytest.mark.parametrize("batch_size", [7, N])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_all_rows_together(batch_size, weighted, X, y):
+    w = np.random.default_rng(1).random(N) if weighted else None
+    net = make_net(dropout=0.3)  # which a gradient has none of
+    job = training._job(net, bp.SGD(), net._take_in(X, y, w), batch_size, 0)
+    gradients, before = net.ops.empty(net.parameters.shape, "float64"), np.array(net.ops.to_numpy(net.parameters))
+    for alpha in (0.0, 0.3):  # the second overwrites the first
+        cost = training._trainer(net, job).gradient(gradients, alpha)
+        if cost is None:
+            pytest.skip(f"{net.backend}'s trainer has no such path")
+        expected = make_net(alpha=alpha).backprop(X, y, sample_weight=w)
+        penalty = 0.5 * alpha * sum((W**2).sum() for W in make_net().W)
+        assert cost == pytest.approx(expected.loss - penalty, rel=1e-12)
+        assert error(gradients, expected.gradients) <= 1e-12
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(X, y):
     def run(seed):
         net = make_net(seed=seed, dropout=0.2)

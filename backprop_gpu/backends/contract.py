@@ -121,6 +121,13 @@ class Trainer(ABC):
         """
         return None
 
+    def gradient(self, gradients: Array, alpha: float) -> float | None:
+        """C over all rows of the job together, without the penalty; or None, and nothing done, where there is no path.
+
+        ∂C/∂W + alpha W and ∂C/∂b overwrite `gradients`, (n_parameters,). No dropout, and no update.
+        """
+        return None
+
 
 class Backend(ABC):
     """The operations of one backend; stateless, so one instance serves every network."""

@@ -83,7 +83,7 @@ class StepTrainer(Trainer):
         """
         self._prepare(threads.available())
         share, totals = shares(order, self.job.sample_weight, starts)
-        self._load()
+        self._pack(self._vectors())
         done, losses, most = 0, [np.empty((0, 2))], self._most_steps_per_call()
         while done < len(learning_rates):
             steps = slice(done, min(done + min(most, self.steps_per_call), len(learning_rates)))
@@ -96,19 +96,43 @@ class StepTrainer(Trainer):
                     learning_rates[steps],
                     alphas[steps],
                     first_step + done,
+                    self.record,
+                    self.layers,
                 )
             )
             self._note_speed((steps.stop - done) / (time.perf_counter() - start))
             done = steps.stop
             if not (np.isfinite(losses[-1]).all() and after_step(int(rows.stop - rows.start))):
                 break
-        self._store()
+        self._unpack(self._vectors())
         return np.concatenate(losses), totals
 
     def _note_speed(self, steps_per_second: float) -> None:
         """By which the next call, of this run or the next, takes its time."""
         fitting = int(steps_per_second * SECONDS_PER_CALL)
         self.steps_per_call = max(1, min(4 * self.steps_per_call, fitting))
+
+    def gradient(self, gradients: Array, alpha: float) -> float:
+        """See `Trainer.gradient`: steps that add to the first slot's memory, where another trainer's would update."""
+        job, n_rows = self.job, len(self.job.rows)
+        self._prepare(threads.available())
+        record, layers = self.record.copy(), self.layers.copy()
+        record["optimizer"], record["clip_norm"], layers["dropout"] = update.SUM, np.inf, 0
+        order, starts = np.arange(n_rows), _starts(n_rows, job.batch_size)
+        share, _ = shares(order, job.sample_weight, np.array([0, n_rows]))  # of the mean over all rows
+        alphas = np.zeros(len(starts) - 1)
+        alphas[-1] = alpha
+        self._pack([(job.parameters, self.memory.parameters)])
+        self.memory.slot_1[...] = 0
+        cost, most = 0.0, self._most_steps_per_call()
+        for first in range(0, len(alphas), most):
+            steps = slice(first, min(first + most, len(alphas)))
+            rows = slice(starts[steps.start], starts[steps.stop])
+            batches = self._batches(order[rows], share[rows])
+            some = starts[steps.start : steps.stop + 1] - rows.start
+            cost += float(self._steps(batches, some, alphas[steps], alphas[steps], 0, record, layers)[:, 0].sum())
+        self._unpack([(gradients, self.memory.slot_1)])
+        return cost
 
     def _prepare(self, n_threads: int) -> None:
         """Plan and memory for so many threads, kept until their number changes."""
@@ -129,7 +153,14 @@ class StepTrainer(Trainer):
         return max(1, BYTES_PER_CALL // bytes_per_step)
 
     def _steps(
-        self, batches: Batches, starts: Array, learning_rates: Array, alphas: Array, first_step: int
+        self,
+        batches: Batches,
+        starts: Array,
+        learning_rates: Array,
+        alphas: Array,
+        first_step: int,
+        record: Array,
+        layers: Array,
     ) -> npt.NDArray[np.float64]:
         """(n_steps, 2): C of each step without the penalty, and the penalty."""
         job, plan = self.job, self.plan
@@ -139,8 +170,8 @@ class StepTrainer(Trainer):
         def work(thread: int) -> None:
             step.train(
                 thread,
-                self.record,
-                self.layers,
+                record,
+                layers,
                 batches,
                 starts,
                 self.memory,
@@ -166,25 +197,26 @@ class StepTrainer(Trainer):
         values = target if target.ndim == 2 else np.empty((0, 0), self.job.dtype)
         return Batches(plain(x), plain(labels), plain(values), plain(order), share)
 
-    def _load(self) -> None:
-        vectors = [(plain(flat), packed) for flat, packed in self._vectors()]
+    def _pack(self, vectors: list[tuple[Array, Array]]) -> None:
+        """Flat vectors, the parameters among them, into their packed form; and Wᵀ."""
+        aligned = [(plain(flat), packed) for flat, packed in vectors]
 
         def pack(thread: int) -> None:
-            for flat, packed in vectors:
+            for flat, packed in aligned:
                 step.load(thread, self.packers, self.layers, flat, packed)
 
         threads.run(self.packers, pack)
         threads.run(self.packers, lambda thread: step.transpose(thread, self.packers, self.layers, self.memory))
 
-    def _store(self) -> None:
-        vectors = [(flat, plain(flat), packed) for flat, packed in self._vectors()]
+    def _unpack(self, vectors: list[tuple[Array, Array]]) -> None:
+        aligned = [(plain(flat), packed) for flat, packed in vectors]
 
         def unpack(thread: int) -> None:
-            for _, flat, packed in vectors:
+            for flat, packed in aligned:
                 step.store(thread, self.packers, self.layers, packed, flat)
 
         threads.run(self.packers, unpack)
-        for flat, unpacked, _ in vectors:
+        for (flat, _), (unpacked, _) in zip(vectors, aligned, strict=True):
             if not np.shares_memory(flat, unpacked):  # an array that is not aligned
                 flat[...] = unpacked
 
