@@ -37,6 +37,9 @@ TILE_ROWS = 128
 SPLIT_ROWS_BYTES = 128 << 10
 """A gradient up to this size is summed by each thread for itself."""
 
+PRODUCTS_PER_THREAD = 1 << 21
+"""Multiply-adds that take as long as a thread takes to start: 70 µs."""
+
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
 
 
@@ -52,8 +55,9 @@ class Plan:
 
 
 def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: int) -> Plan:
-    """The plan for a forward pass: every thread takes its own tiles."""
-    plan = for_training(architecture, n_rows, dtype, threads)
+    """The plan for a forward pass: every thread takes its own tiles, of work that is worth starting it."""
+    worth = max(1, n_rows * architecture.n_weights // PRODUCTS_PER_THREAD)
+    plan = for_training(architecture, n_rows, dtype, min(threads, worth))
     return Plan(plan.n_threads, plan.tile_rows, split_rows=True)
 
 
