@@ -603,13 +603,26 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
 
     # Predicting
 
-    def _outputs(self, X: Any) -> Array:
-        """The output layer's activations."""
+    def _rows_to_predict(self, X: Any) -> tuple[MLP, Rows]:
+        """The network, and X checked; an array that lies where the network computes stays there."""
         check_is_fitted(self)
+        net = self._network()
+        if net.ops.owns(X):
+            return net, net._rows(X)
         if not self._nothing_to_validate(X):
             X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
-        net = self._network()
-        return net._outputs(_rows(X, net._array_dtype))
+        return net, _rows(X, net._array_dtype)
+
+    def _outputs(self, X: Any) -> Array:
+        """The output layer's activations, on the host."""
+        net, rows = self._rows_to_predict(X)
+        return net._host_outputs(rows)
+
+    def _on_host(self, y: Any) -> Any:
+        """`y`, brought to the host if it lies where the network computes."""
+        check_is_fitted(self)
+        ops = self._network().ops
+        return ops.to_numpy(y) if ops.owns(y) else y
 
     def _nothing_to_validate(self, X: Any) -> bool:
         """Whether `validate_data` would find nothing and return X as it is: it takes longer than one row's outputs."""

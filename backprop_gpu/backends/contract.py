@@ -153,6 +153,13 @@ class Backend(ABC):
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """`x` on the host; it may be `x` itself, so copy before changing it."""
 
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array that lies where this backend computes, and should not come to the host on its way.
+
+        Inference takes such rows as they are, and returns probabilities of the same kind. False where that is the host.
+        """
+        return False
+
     @abstractmethod
     def sum_squares(self, x: Array) -> Any:
         """Σ x², accumulated in float64, as a scalar of this backend: the penalty ½ alpha Σ W² is made of it."""
