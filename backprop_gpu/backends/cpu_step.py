@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
+from backprop_gpu.backends.minibatches import shares
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
 
-__all__ = ["StepTrainer", "plain", "shares"]
+__all__ = ["StepTrainer", "plain"]
 
 Array = npt.NDArray[Any]
 
@@ -146,14 +147,6 @@ class StepTrainer(Trainer):
         slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
         packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
         return list(zip((self.job.parameters, *slots), packed, strict=False))
-
-
-def shares(order: Array, sample_weight: Array | None, batch_size: int) -> tuple[Array, Array]:
-    """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
-    w = np.ones(len(order)) if sample_weight is None else sample_weight[order].astype(np.float64)
-    totals = np.add.reduceat(w, np.arange(0, len(order), batch_size))
-    of_row = np.repeat(totals, batch_size)[: len(order)]
-    return np.divide(w, of_row, out=w, where=of_row != 0), totals
 
 
 def plain(x: Array) -> Array:
