@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
+from backprop_gpu.backends.minibatches import shares, starts_of
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
 
-__all__ = ["StepTrainer", "plain", "shares"]
+__all__ = ["StepTrainer", "plain"]
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +48,7 @@ class StepTrainer(Trainer):
         after_step: AfterStep,
     ) -> float:
         """See `Trainer.run`."""
-        starts = _starts(order.size, self.job.batch_size)
+        starts = starts_of(order.size, self.job.batch_size)
         made, totals = self._train(order, starts, learning_rates, alphas, first_step, after_step)
         return float((made.sum(axis=1) * totals[: len(made)]).sum())
 
@@ -61,7 +62,7 @@ class StepTrainer(Trainer):
     ) -> npt.NDArray[np.float64]:
         """See `Trainer.run_epochs`: one run, of mini-batches that end where an epoch does."""
         n_epochs, n_rows = orders.shape
-        first_rows = n_rows * np.arange(n_epochs)[:, None] + _starts(n_rows, self.job.batch_size)[:-1]
+        first_rows = n_rows * np.arange(n_epochs)[:, None] + starts_of(n_rows, self.job.batch_size)[:-1]
         starts = np.append(first_rows, orders.size)
         made, _ = self._train(orders.ravel(), starts, learning_rates.ravel(), alphas.ravel(), first_step, after_step)
         losses = np.full((*learning_rates.shape, 2), np.nan)
@@ -118,7 +119,7 @@ class StepTrainer(Trainer):
         self._prepare(threads.available())
         record, layers = self.record.copy(), self.layers.copy()
         record["optimizer"], record["clip_norm"], layers["dropout"] = update.SUM, np.inf, 0
-        order, starts = np.arange(n_rows), _starts(n_rows, job.batch_size)
+        order, starts = np.arange(n_rows), starts_of(n_rows, job.batch_size)
         share, _ = shares(order, job.sample_weight, np.array([0, n_rows]))  # of the mean over all rows
         alphas = np.zeros(len(starts) - 1)
         alphas[-1] = alpha
@@ -225,22 +226,6 @@ class StepTrainer(Trainer):
         slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
         packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
         return list(zip((self.job.parameters, *slots), packed, strict=False))
-
-
-def shares(order: Array, sample_weight: Array | None, starts: Array) -> tuple[Array, Array]:
-    """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
-    n_rows = np.diff(starts)
-    if sample_weight is None:
-        return np.repeat(1 / n_rows, n_rows), n_rows
-    w = sample_weight[order].astype(np.float64)
-    totals = np.add.reduceat(w, starts[:-1])
-    of_row = np.repeat(totals, n_rows)
-    return np.divide(w, of_row, out=w, where=of_row != 0), totals
-
-
-def _starts(n_rows: int, batch_size: int) -> npt.NDArray[np.int64]:
-    """Where each mini-batch begins, and where the last one ends."""
-    return np.append(np.arange(0, n_rows, batch_size), n_rows)
 
 
 def plain(x: Array) -> Array:

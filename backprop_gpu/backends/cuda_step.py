@@ -25,6 +25,7 @@ from backprop_gpu.backends.cuda_data import data_of
 from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_products import Launchable, Products
+from backprop_gpu.backends.minibatches import shares, starts_of
 
 __all__ = ["StepTrainer"]
 
@@ -59,7 +60,7 @@ class StepTrainer(Trainer):
         after_step: AfterStep,
     ) -> float:
         """See `Trainer.run`."""
-        share, weights = shares(order, self.job.sample_weight, self.job.batch_size)
+        share, weights = shares(order, self.job.sample_weight, starts_of(len(order), self.job.batch_size))
         numbers = step_numbers(self.job.optimizer, learning_rates, alphas, first_step)
         with self._memory_told(), self._ordered():
             self._make_room(len(numbers))
@@ -138,19 +139,6 @@ class StepTrainer(Trainer):
             ) from error
 
 
-def shares(
-    order: npt.NDArray[np.int64], sample_weight: npt.NDArray[Any] | None, batch_size: int
-) -> tuple[npt.NDArray[np.float64] | None, npt.NDArray[np.float64]]:
-    """The part of each row in the mean over its mini-batch, None where all are equal, and each mini-batch's weight."""
-    starts = np.arange(0, len(order), batch_size)
-    if sample_weight is None:
-        return None, np.minimum(batch_size, len(order) - starts).astype(np.float64)
-    w = sample_weight[order].astype(np.float64)
-    totals = np.add.reduceat(w, starts)
-    of_row = np.repeat(totals, batch_size)[: len(order)]
-    return np.divide(w, of_row, out=w, where=of_row != 0), totals
-
-
 class Tables:
     """What the host tells the device for one `run` of up to n_steps steps, and hears back."""
 
@@ -166,7 +154,7 @@ class Tables:
         self,
         numbers: npt.NDArray[np.float64],
         order: npt.NDArray[np.int64],
-        share: npt.NDArray[np.float64] | None,
+        share: npt.NDArray[np.float64],
         updates_before: int,
     ) -> None:
         """Everything but the places of the rows, which the data knows."""
