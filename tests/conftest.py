@@ -134,9 +134,11 @@ def on_every_backend(backend, monkeypatch):
     )
 
 
-@pytest.fixture(
-    scope="session", params=_parameters([(s.name, s) for s in bp.backends()], lambda s: s.name in GPU_BACKENDS)
-)
+def _on_gpu(status):
+    return status.name in GPU_BACKENDS and status.automatic
+
+
+@pytest.fixture(scope="session", params=_parameters([(s.name, s) for s in bp.backends()], _on_gpu))
 def backend_status(request):
     """The status of every backend that there is, working or not."""
     return request.param
