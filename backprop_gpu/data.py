@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -66,14 +67,19 @@ class SparseRows(Rows):
 
 
 class OwnRows(Rows):
-    """Rows of an array that a backend `owns`: they stay where they are."""
+    """Rows of an array that a backend `owns`: they stay where they are, as long as a slice or all of them will do."""
 
-    def __init__(self, x: Array, dtype: str) -> None:
-        self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+    def __init__(self, x: Array, dtype: str, ops: Backend) -> None:
+        self.x = self.array = x
+        self.shape, self.dtype, self.ops = (x.shape[0], x.shape[1]), dtype, ops
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
-        """These rows, as an array of the backend's; a slice as a view."""
-        return self.x[indices]
+        """These rows: a slice as a view on the backend, others out of a copy on the host, made once."""
+        return self.x[indices] if isinstance(indices, slice) else self._on_host[indices]
+
+    @cached_property
+    def _on_host(self) -> npt.NDArray[Any]:
+        return self.ops.to_numpy(self.x)
 
 
 def as_rows(X: Any, n_features: int, dtype: str, name: str = "X", *, ops: Backend | None = None) -> Rows:
@@ -103,7 +109,7 @@ def _own_rows(X: Array, n_features: int, dtype: str, name: str, ops: Backend) ->
     x = ops.asarray(X, dtype)
     if not np.isfinite(float(ops.sum_squares(x))):  # NaN, inf, or float64 numbers whose squares are too large
         _require_finite(np.asarray(ops.to_numpy(X)), dtype, name)
-    return OwnRows(x, dtype)
+    return OwnRows(x, dtype, ops)
 
 
 def as_target(y: Any, loss: Loss, n_outputs: int, n_rows: int, dtype: str, name: str = "y") -> Array:

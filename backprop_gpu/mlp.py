@@ -301,11 +301,12 @@ class MLP:
 
     def _take_in(self, X: Any, y: Any, sample_weight: Any, name: str = "") -> tuple[Rows, Any, Any]:
         """Data as rows, target and weights, checked against this network; `name` says which data an error is about."""
-        rows = data.as_rows(X, self.layer_sizes[0], self._array_dtype, f"{name}X")
+        rows = self._rows(X, f"{name}X")
         return rows, *self._take_in_targets(y, sample_weight, len(rows), name)
 
     def _take_in_targets(self, y: Any, sample_weight: Any, n_rows: int, name: str = "") -> tuple[Any, Any]:
         arch, dtype = self.architecture, self._array_dtype
+        y, sample_weight = (self.ops.to_numpy(x) if self.ops.owns(x) else x for x in (y, sample_weight))
         target = data.as_target(y, arch.loss, arch.layer_sizes[-1], n_rows, dtype, f"{name}y")
         return target, data.as_sample_weight(sample_weight, n_rows, dtype)
 
@@ -445,12 +446,12 @@ class MLP:
         Returns {"loss", "accuracy"} for classification (multi-label: a row counts where all its labels are right),
         {"loss", "r2"} for regression: the coefficient of determination, averaged over the outputs.
         """
-        rows, y = self._rows(X), self.ops.to_numpy(y) if self.ops.owns(y) else y
+        rows = self._rows(X)
         return self._evaluate(rows, *self._take_in_targets(y, sample_weight, len(rows)))
 
-    def _rows(self, X: Any) -> Rows:
-        """Rows for inference, which stay where they are if that is where the backend computes."""
-        return data.as_rows(X, self.layer_sizes[0], self._array_dtype, ops=self.ops)
+    def _rows(self, X: Any, name: str = "X") -> Rows:
+        """Rows, which stay where they are if that is where the backend computes."""
+        return data.as_rows(X, self.layer_sizes[0], self._array_dtype, name, ops=self.ops)
 
     def _evaluate(self, rows: Rows, target: Any, sample_weight: Any) -> dict[str, float]:
         """`evaluate` for data that `_take_in` has checked."""

@@ -447,6 +447,33 @@ def test_arrays_on_the_device_are_taken_as_they_are(fast):
     assert backend.asarray(exchanged).data.ptr == x.data.ptr
 
 
+def test_rows_on_the_device_are_trained_on_and_predicted_there(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data()
+    results = []
+    for place in (np.asarray, cp.asarray):
+        net, rows, target = bp.MLP(SIZES, backend="cuda", seed=3), place(X), place(y)
+        cp.emulator.reset()
+        net.fit(rows, target, epochs=2, batch_size=32, validation_data=(rows, target), progress=False)
+        proba, metrics, parameters = (
+            net.predict_proba(rows),
+            net.evaluate(rows, target),
+            net.ops.to_numpy(net.parameters),
+        )
+        results.append((net.ops.to_numpy(proba), net.predict(rows), metrics, parameters))
+        if place is cp.asarray:
+            assert isinstance(proba, cp.ndarray)
+            assert cp.emulator.counters.bytes_to_device < X.nbytes + 8192  # orders, labels and tables
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_equal(device, host)
+    net.fit(rows, y, epochs=1, validation_fraction=0.3, progress=False)
+    X[2, 1] = np.nan
+    rows = cp.asarray(X)
+    with pytest.raises(ValueError, match="nan at row 2, column 1"):
+        net.fit(rows, y)
+
+
 def test_an_array_that_is_not_contiguous_is_copied(fast):
     backend = CudaBackend(fast)
     x = draw(6, 8)

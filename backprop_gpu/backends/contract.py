@@ -163,7 +163,8 @@ class Backend(ABC):
     def owns(self, x: Any) -> bool:
         """Whether `x` is an array that lies where this backend computes, and should not come to the host on its way.
 
-        Inference takes such rows as they are, and returns probabilities of the same kind. False where that is the host.
+        Such rows are trained on and predicted as they are, and probabilities are of the same kind. False where that is
+        the host.
         """
         return False
 
