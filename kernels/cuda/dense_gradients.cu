@@ -16,10 +16,10 @@ struct ColumnSums {
 
     __device__ __forceinline__ void operator()(const typename Math::Input* tile) {
         const int column = threadIdx.x % Math::N, group = threadIdx.x / Math::N;
-        if (!wanted || group >= GROUPS) return;
+        if (!wanted || (Math::THREADS / Math::N > GROUPS && group >= GROUPS)) return;
 #pragma unroll
         for (int k = 0; k < Math::K; k += GROUPS) {
-            if (k + group < Math::K) sum += widen(tile[(k + group) * STRIDE + column]);
+            if (Math::K % GROUPS == 0 || k + group < Math::K) sum += widen(tile[(k + group) * STRIDE + column]);
         }
     }
 

@@ -56,12 +56,14 @@ struct OperandTile {
                                                 int column_end) {
         constexpr int SIZE = BYTES / sizeof(T), COPIES = COLUMNS / SIZE;
 #pragma unroll
-        for (int i = threadIdx.x; i < ROWS * COPIES; i += THREADS) {
+        for (int first = 0; first < ROWS * COPIES; first += THREADS) {  // from a constant on: unrolled, without a branch
+            const int i = first + threadIdx.x;
+            if (first + THREADS > ROWS * COPIES && i >= ROWS * COPIES) break;
             const int row = i / COPIES, column = i % COPIES * SIZE;
-            const int left = row0 + row < row_end ? column_end - column0 - column : 0;
-            const int n = left < 0 ? 0 : left < SIZE ? left : SIZE;
-            const T* from = matrix + (n ? static_cast<long long>(row0 + row) * stride + column0 + column : 0);
-            copy_async<BYTES>(tile + row * STRIDE + column, from, n * static_cast<int>(sizeof(T)));
+            // A copy is of all its bytes or of none: where SIZE > 1, rows are of whole copies.
+            const bool exists = row0 + row < row_end && column0 + column < column_end;
+            const T* from = matrix + (exists ? static_cast<long long>(row0 + row) * stride + column0 + column : 0);
+            copy_async<BYTES>(tile + row * STRIDE + column, from, exists ? BYTES : 0);
         }
     }
 };
