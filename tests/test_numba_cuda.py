@@ -194,6 +194,30 @@ def test_rows_elsewhere_than_in_memory_give_the_same_bits(monkeypatch, tmp_path)
 
 
 @runs
+def test_rows_on_the_device_stay_there(monkeypatch):
+    X, y = draw(30)
+    nets = [network("numba-cuda") for _ in range(2)]
+    nets[0].fit(X, y, epochs=2, batch_size=8)
+    rows = nets[1].ops.asarray(X)
+    monkeypatch.setattr(type(nets[1].ops), "to_numpy", None)
+    job = training._job(nets[1], bp.SGD(), nets[1]._take_in(rows, y, None), 8, 0)
+    assert training._trainer(nets[1], job).resident
+    probabilities = nets[1].predict_proba(rows)
+    monkeypatch.undo()
+    assert nets[1].ops.owns(probabilities)
+    assert np.array_equal(on_host(nets[1], probabilities), nets[1].predict_proba(X))
+    nets[1].fit(rows, y, epochs=2, batch_size=8)
+    assert np.array_equal(on_host(nets[1]), on_host(nets[0]))
+
+
+@runs
+def test_an_array_of_the_host_is_refused():
+    ops = bp.get_backend("numba-cuda")
+    with pytest.raises(TypeError, match=r"device arrays; got ndarray \(ops.asarray"):
+        ops.output_forward(np.ones((2, 3)), "tanh")
+
+
+@runs
 def test_a_run_that_is_told_to_stop_has_made_whole_steps(monkeypatch):
     monkeypatch.setattr(step, "FIRST_READ", 2)
     X, y = draw(40)

@@ -17,7 +17,7 @@ from numba.cuda.cudadrv import devicearray as numba_arrays
 
 from backprop_gpu.kernels.numba_cuda.device import SIMULATED
 
-__all__ = ["Array", "asarray", "empty", "free_bytes", "stream_of", "to_host"]
+__all__ = ["Array", "asarray", "empty", "free_bytes", "is_on_device", "stream_of", "to_host"]
 
 Array: TypeAlias = Any
 
@@ -55,7 +55,7 @@ else:
         return DeviceArray(x.shape, x.strides, x.dtype, stream=x.stream, gpu_data=x.gpu_data)
 
 
-def asarray(x: Any, dtype: str | None) -> Array:
+def asarray(x: Any, dtype: str | None = None) -> Array:
     """`x`, of the host or the device, as a C-contiguous array of ours; copied only where it has to be."""
     on_device = _from_device(x)
     if on_device is None:
@@ -68,15 +68,22 @@ def asarray(x: Any, dtype: str | None) -> Array:
     return fitting
 
 
+def is_on_device(x: Any) -> bool:
+    """Whether `x` lies on a GPU, of whatever library; the simulator's arrays count as if they did."""
+    return bool(
+        devicearray.is_cuda_ndarray(x)
+        or hasattr(x, "__cuda_array_interface__")
+        or (hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] in CUDA_DEVICES)
+    )
+
+
 def _from_device(x: Any) -> Array | None:
     """What lies on the device, as Numba's array over the same memory."""
     if devicearray.is_cuda_ndarray(x):
         return x
     if hasattr(x, "__cuda_array_interface__"):
         return cuda.as_cuda_array(x, sync=False)
-    if hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] in CUDA_DEVICES:
-        return _from_dlpack(x)
-    return None
+    return _from_dlpack(x) if is_on_device(x) else None
 
 
 def _from_dlpack(x: Any) -> Array:
@@ -105,17 +112,24 @@ def empty(shape: tuple[int, ...], dtype: Any, stream: Any = 0) -> Array:
 
 def to_host(x: Array) -> npt.NDArray[Any]:
     """A copy on the host, once all that was launched for it is done; what is there already stays itself."""
-    if isinstance(x, np.ndarray):
-        return x
-    host: npt.NDArray[Any] = x.copy_to_host()
-    if x.stream:
-        x.stream.synchronize()
+    on_device = _from_device(x)
+    if on_device is None:
+        return np.asarray(x)
+    host: npt.NDArray[Any] = on_device.copy_to_host()
+    if on_device.stream:
+        on_device.stream.synchronize()
     return host
 
 
 def stream_of(*arrays: Array | None) -> Any:
     """The stream of an operation on these arrays: the one that they name, or the default; others are waited for."""
-    streams = [x.stream for x in arrays if x is not None and x.stream]
+    present = [x for x in arrays if x is not None]
+    for x in present:
+        if not devicearray.is_cuda_ndarray(x):
+            raise TypeError(
+                f"operations take Numba's device arrays; got {type(x).__name__} (ops.asarray(x) puts x on the device)"
+            )
+    streams = [x.stream for x in present if x.stream]
     for other in streams[1:]:
         if other is not streams[0]:
             other.synchronize()

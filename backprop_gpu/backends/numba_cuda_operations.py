@@ -57,11 +57,15 @@ class NumbaCudaBackend(Backend):
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros."""
-        return arrays.asarray(np.zeros(shape, dtype), None)
+        return arrays.asarray(np.zeros(shape, dtype))
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """A copy on the host."""
         return arrays.to_host(x)
+
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array on the GPU, of whatever library."""
+        return arrays.is_on_device(x)
 
     def sum_squares(self, x: Array) -> Scalar:
         """Σ x², in float64."""
@@ -153,11 +157,11 @@ class NumbaCudaBackend(Backend):
     ) -> None:
         slots = [state[slot] for slot in optimizer.slots]
         stream, size = stream_of(parameters, gradients, *slots), parameters.size
-        scale = arrays.asarray(np.ones(1), None)
+        scale = arrays.asarray(np.ones(1))
         if optimizer.clip_norm is not None:
             kernels.clip_scale(_squares(gradients, stream), optimizer.clip_norm, scale, stream)(0, 0)
         stretches = stretches_of([(0, n_weights, 1, True), (n_weights, size, 1, False)])
-        numbers = arrays.asarray(np.array([update.numbers(optimizer, learning_rate, 0.0, step)]), None)
+        numbers = arrays.asarray(np.array([update.numbers(optimizer, learning_rate, 0.0, step)]))
         parts = gradients.reshape(1, size)
         kernels.update(parameters, slots, parts, stretches, size, scale, numbers, optimizer, stream)(0, 0)
 

@@ -39,7 +39,7 @@ BYTES_PER_UPLOAD = 64 << 20
 
 def stretches_of(rows: list[tuple[int, int, int, bool]]) -> Array:
     """(first, stop, n_parts, whether weights) of each stretch of the flat vectors, on the device."""
-    return arrays.asarray(np.array(rows, np.int64), None)
+    return arrays.asarray(np.array(rows, np.int64))
 
 
 class StepTrainer(Trainer):
@@ -50,7 +50,10 @@ class StepTrainer(Trainer):
         self.stream = arrays.stream_of(job.parameters, *job.state.values())
         self.steps_per_read = FIRST_READ
         self.target = np.ascontiguousarray(job.target.reshape(len(job.target), -1))
-        self.resident = job.rows.array is not None and 2 * self._bytes(job.rows.shape[0]) <= arrays.free_bytes()
+        X = job.rows.array
+        fits = 2 * self._bytes(len(job.rows)) <= arrays.free_bytes()
+        self.resident = X is not None and (fits or arrays.is_on_device(X))
+        self.data = (arrays.asarray(X), arrays.asarray(self.target)) if self.resident else None
         self.passes = _Passes(job, self.stream)
         self.uploads: _Uploads | None = None
 
@@ -100,7 +103,7 @@ class StepTrainer(Trainer):
             n_steps = min(n_steps, max(1, BYTES_PER_UPLOAD // self._bytes(self.job.batch_size)))
             n_rows = min(n_rows, n_steps * self.job.batch_size)
         if self.uploads is None or self.uploads.is_for != (n_rows, n_steps, penalised):
-            self.uploads = _Uploads(self.job, self.target, self.resident, n_rows, n_steps, penalised, self.stream)
+            self.uploads = _Uploads(self.job, self.target, self.data, n_rows, n_steps, penalised, self.stream)
             self.sequences: dict[int, list[Launch]] = {}
         return self.uploads
 
@@ -130,16 +133,22 @@ class _Uploads:
     """What the steps of a run read from the host, and the losses that they leave for it."""
 
     def __init__(
-        self, job: TrainingJob, target: Any, resident: bool, n_rows: int, n_steps: int, penalised: bool, stream: Any
+        self,
+        job: TrainingJob,
+        target: npt.NDArray[Any],
+        data: tuple[Array, Array] | None,
+        n_rows: int,
+        n_steps: int,
+        penalised: bool,
+        stream: Any,
     ) -> None:
-        self.job, self.host_target, self.resident, self.stream = job, target, resident, stream
+        self.job, self.host_target, self.resident, self.stream = job, target, data is not None, stream
         self.is_for = (n_rows, n_steps, penalised)
         self.n_steps = n_steps
-        if resident:
-            self.X, self.target = arrays.asarray(job.rows.array, None), arrays.asarray(target, None)
-        else:
-            self.X = arrays.empty((n_rows, job.rows.shape[1]), job.parameters.dtype, stream)
-            self.target = arrays.empty((n_rows, target.shape[1]), target.dtype, stream)
+        self.X, self.target = data or (
+            arrays.empty((n_rows, job.rows.shape[1]), job.parameters.dtype, stream),
+            arrays.empty((n_rows, target.shape[1]), target.dtype, stream),
+        )
         self.order = arrays.empty((n_rows,), "int64", stream)
         self.share = arrays.empty((n_rows,), "float64", stream)
         self.numbers = arrays.empty((n_steps, update_kernels.N_NUMBERS), "float64", stream)
@@ -198,7 +207,7 @@ class _Passes:
         most_parts = max(division.n for division in self._divisions(n))
         self.parts = arrays.empty((most_parts, arch.n_parameters), dtype, stream)
         self.slots = [job.state[slot] for slot in job.optimizer.slots]
-        self.scale = arrays.asarray(np.ones(1), None)
+        self.scale = arrays.asarray(np.ones(1))
 
     def _divisions(self, n_rows: int) -> list[plan.Division]:
         """How each layer's rows are divided."""

@@ -71,7 +71,7 @@ def _numbers_of_step(optimizer: Optimizer, rate: float, step: int) -> list[float
             decay = optimizer.weight_decay if isinstance(optimizer, AdamW) else 0.0
             correction_1, correction_2 = 1 / (1 - beta_1**step), 1 / (1 - beta_2**step)
             moments = [beta_1, 1 - beta_1, beta_2, 1 - beta_2]
-            return [*moments, rate * correction_1, correction_2, optimizer.epsilon, 1 - rate * decay]
+            return [*moments, rate * correction_1, correction_2, optimizer.epsilon_at(step), 1 - rate * decay]
         case RMSprop():
             return [optimizer.decay, 1 - optimizer.decay, rate, optimizer.epsilon]
     raise TypeError(
