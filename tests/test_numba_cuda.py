@@ -436,7 +436,8 @@ def test_what_numba_finds_wrong(not_simulated, monkeypatch, starts, compiles, ca
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv.driver", SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv.nvvm", nvvm)
-    monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(compute_capability=capability))
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(cuda, "get_current_device", lambda: gpu, raising=False)
     reason = numba_cuda.probe()
     assert reason is None if expected is None else expected in reason
 

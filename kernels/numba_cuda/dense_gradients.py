@@ -10,9 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import cuda
-
-from backprop_gpu.kernels.numba_cuda.device import device, kernel
+from backprop_gpu.kernels.numba_cuda.device import cuda, device, kernel
 from backprop_gpu.kernels.numba_cuda.gemm import Tile, gemm
 
 __all__ = ["dense_gradients"]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda
+from numba import cuda as numba_cuda
 from numba.core import config
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "block_size",
     "ceil_div",
     "cos",
+    "cuda",
     "device",
     "erfc",
     "exp",
@@ -74,19 +75,30 @@ if SIMULATED:
 
     kernelapi.FakeCUDAShared = Shared
 
+    class Running:
+        """What a kernel knows as `cuda`: its threads, blocks, barriers and memory.
+
+        While a kernel runs, the simulator puts these in the place of `numba.cuda` in the module of the function that it
+        starts, which is this one. It would do so for every device function too, at each call, and as of Numba 0.68
+        without regard for other threads.
+        """
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(numba_cuda, name)
+
+
+cuda: Any = Running() if SIMULATED else numba_cuda
+"""`numba.cuda`, for kernels."""
+
 word = int if SIMULATED else np.uint64
 """An integer of 64 bits without a sign; Python's own are 20 times as fast in the simulator."""
 
 
 def device(f: Function) -> Function:
-    """Decorator: a function that kernels call, inlined where it is called: its arrays of registers stay in registers.
-
-    In the simulator, one that reads nothing of `cuda` stays a plain function: the simulator looks `cuda` up for every
-    call, at ten times the price of the call.
-    """
+    """Decorator: a function that kernels call, always inlined, so that its arrays of registers stay in registers."""
     if SIMULATED:
-        return cuda.jit(device=True)(f) if "cuda" in f.__code__.co_names else f
-    jitted: Function = cuda.jit(device=True, forceinline=True)(f)
+        return f
+    jitted: Function = numba_cuda.jit(device=True, forceinline=True)(f)
     return jitted
 
 
@@ -97,15 +109,14 @@ def kernel(f: Function) -> Any:
     simulator wraps, whose entries are read ten times as fast.
     """
     if not SIMULATED:
-        return cuda.jit(f)
-    body = cuda.jit(device=True)(f)
+        return numba_cuda.jit(f)
 
     @functools.wraps(f)
     def quiet(*args: Any) -> None:
         with np.errstate(all="ignore"):  # which belongs to a thread, and this is one
-            body(*(np.asarray(x) if getattr(x, "shape", ()) else x for x in args))
+            f(*(np.asarray(x) if getattr(x, "shape", ()) else x for x in args))
 
-    return cuda.jit(quiet)
+    return numba_cuda.jit(quiet)
 
 
 def block_size(threads: int) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cuda
-
-from backprop_gpu.kernels.numba_cuda.device import SIMULATED, ceil_div, kernel
+from backprop_gpu.kernels.numba_cuda.device import SIMULATED, ceil_div, cuda, kernel
 
 __all__ = ["gather", "shape"]
 

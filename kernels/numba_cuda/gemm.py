@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda
 
-from backprop_gpu.kernels.numba_cuda.device import Function, ceil_div, device
+from backprop_gpu.kernels.numba_cuda.device import Function, ceil_div, cuda, device
 
 __all__ = ["TILES", "TILE_IN_SIMULATOR", "Tile", "gemm", "nothing", "shape"]
 

@@ -10,11 +10,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.kernels.numba_cuda.activations import DERIVATIVE, FORWARD, exponential, sigmoid
-from backprop_gpu.kernels.numba_cuda.device import Function, device, exp, expm1, kernel, log, log1p
+from backprop_gpu.kernels.numba_cuda.device import Function, cuda, device, exp, expm1, kernel, log, log1p
 from backprop_gpu.kernels.numba_cuda.output_forward import THREADS, lanes, lowest, row_softmax, shape, shifted
 from backprop_gpu.kernels.numba_cuda.reductions import block_reduce, plus
 from backprop_gpu.losses import CrossEntropy, Huber, Loss

@@ -6,10 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from backprop_gpu.kernels.numba_cuda.activations import FORWARD
-from backprop_gpu.kernels.numba_cuda.device import Function, block_size, ceil_div, device, exp, kernel
+from backprop_gpu.kernels.numba_cuda.device import Function, block_size, ceil_div, cuda, device, exp, kernel
 from backprop_gpu.kernels.numba_cuda.reductions import block_reduce, greater, plus
 
 __all__ = ["lanes", "output_forward", "row_softmax", "shape"]

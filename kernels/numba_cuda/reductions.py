@@ -11,9 +11,17 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
-from backprop_gpu.kernels.numba_cuda.device import Function, block_size, ceil_div, device, kernel, most_blocks, sqrt
+from backprop_gpu.kernels.numba_cuda.device import (
+    Function,
+    block_size,
+    ceil_div,
+    cuda,
+    device,
+    kernel,
+    most_blocks,
+    sqrt,
+)
 
 __all__ = [
     "block_reduce",

@@ -9,9 +9,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import cuda
-
-from backprop_gpu.kernels.numba_cuda.device import Function, block_size, ceil_div, device, kernel, most_blocks, sqrt
+from backprop_gpu.kernels.numba_cuda.device import (
+    Function,
+    block_size,
+    ceil_div,
+    cuda,
+    device,
+    kernel,
+    most_blocks,
+    sqrt,
+)
 from backprop_gpu.kernels.numba_cuda.reductions import sum_of_parts
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
