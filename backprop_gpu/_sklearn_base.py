@@ -57,6 +57,9 @@ LIBRARY_NAMES = {"logistic": "sigmoid"}
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 """What `validate_data` returns as it is: the dtypes of this machine's byte order."""
 
+ROWS_AT_ONCE = 1 << 20
+"""Rows of an epoch, or of several, whose order is drawn ahead: 8 MB."""
+
 SKLEARN_NAMES = {name: sklearn_name for sklearn_name, name in LIBRARY_NAMES.items()}
 
 
@@ -438,7 +441,6 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
             self.learning_rate_init,
             self.power_t,
             self.__dict__.get("_updates", 0),
-            epsilon_beside_v=self.solver == "adam",
         )
 
     def _batch_size(self, n_train: int) -> int:
@@ -483,22 +485,26 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = 0
         max_iter = 1 if incremental else self.max_iter
         with interrupt_noted() as interrupted, self._progress(len(order), max_iter) as progress:
+
+            def after_step(n_rows: int) -> bool:
+                progress.update(n_rows)
+                return not interrupted.is_set()
+
             while self.n_iter_ < max_iter:
-                if self.shuffle:
-                    order = order[random_state.permutation(len(order))]
-
-                def after_step(n_rows: int) -> bool:
-                    progress.update(n_rows)
-                    return not interrupted.is_set()
-
-                with training._reported_as_divergence():
-                    loss = epochs.run(order, after_step)
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                self._epoch_ends(loss, len(order), epochs.problem.net, validation)
-                progress.epoch_ends(loss)
+                n_epochs = self._epochs_at_once(len(order), max_iter, validation is not None)
+                orders = self._orders(order, n_epochs, random_state)
+                with training._reported_as_divergence():
+                    losses = epochs.run(orders, self.t_, after_step)
+                for loss in losses:
+                    self._epoch_ends(loss, len(order), epochs.problem.net, validation)
+                    progress.epoch_ends(loss)
+                if len(losses) < n_epochs:
+                    raise KeyboardInterrupt
                 if self._called_off(epochs.problem.net) or self._stagnates():
                     return
+                order = orders[-1]
         if not incremental:
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the optimization hasn't "
@@ -506,6 +512,20 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
                 ConvergenceWarning,
                 stacklevel=6,  # of the caller of `fit`
             )
+
+    def _epochs_at_once(self, n_rows: int, max_iter: int, validated: bool) -> int:
+        """How many epochs can pass before anyone looks: only the last of them can be the one after which to stop."""
+        if validated or self.callbacks or self.verbose or self.progress_bar is not False:
+            return 1
+        until_stagnation = self.n_iter_no_change + 1 - self._no_improvement_count
+        return int(max(1, min(max_iter - self.n_iter_, until_stagnation, ROWS_AT_ONCE // n_rows)))
+
+    def _orders(self, order: npt.NDArray[np.int64], n_epochs: int, random_state: Any) -> npt.NDArray[np.int64]:
+        """The order of the rows in each of the next epochs, (n_epochs, n_rows): each shuffles the last one's."""
+        orders = np.empty((n_epochs, len(order)), np.int64)
+        for i in range(n_epochs):
+            order = orders[i] = order[random_state.permutation(len(order))] if self.shuffle else order
+        return orders
 
     def _epoch_ends(self, loss: float, n_rows: int, net: MLP, validation: _Validation | None) -> None:
         self.n_iter_ += 1
@@ -583,13 +603,26 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
 
     # Predicting
 
-    def _outputs(self, X: Any) -> Array:
-        """The output layer's activations."""
+    def _rows_to_predict(self, X: Any) -> tuple[MLP, Rows]:
+        """The network, and X checked; an array that lies where the network computes stays there."""
         check_is_fitted(self)
+        net = self._network()
+        if net.ops.owns(X):
+            return net, net._rows(X)
         if not self._nothing_to_validate(X):
             X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
-        net = self._network()
-        return net._outputs(_rows(X, net._array_dtype))
+        return net, _rows(X, net._array_dtype)
+
+    def _outputs(self, X: Any) -> Array:
+        """The output layer's activations, on the host."""
+        net, rows = self._rows_to_predict(X)
+        return net._host_outputs(rows)
+
+    def _on_host(self, y: Any) -> Any:
+        """`y`, brought to the host if it lies where the network computes."""
+        check_is_fitted(self)
+        ops = self._network().ops
+        return ops.to_numpy(y) if ops.owns(y) else y
 
     def _nothing_to_validate(self, X: Any) -> bool:
         """Whether `validate_data` would find nothing and return X as it is: it takes longer than one row's outputs."""

@@ -8,7 +8,6 @@ scikit-learn *reports* differs from that in two places, and its stopping rules l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +17,11 @@ import numpy.typing as npt
 import scipy.optimize
 
 from backprop_gpu import training
-from backprop_gpu.backends.contract import AfterStep, Array, Backend, TrainingJob
+from backprop_gpu.backends.contract import AfterStep, Array, Backend
 from backprop_gpu.data import Rows
 from backprop_gpu.mlp import MLP
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 from backprop_gpu.schedules import Schedule
-from backprop_gpu.training import OperationTrainer
 
 __all__ = [
     "STOCHASTIC_SOLVERS",
@@ -60,9 +58,9 @@ class Problem:
         architecture = self.net.architecture
         return architecture.layer_sizes[-1] if architecture.loss.name == "squared_error" else 1
 
-    def reported(self, loss: float, penalty: float) -> float:
-        """What scikit-learn calls the loss, from C with its penalty, and the penalty."""
-        return (loss - penalty) / self.outputs_averaged + penalty
+    def reported(self, cost: Any, penalty: Any) -> Any:
+        """What scikit-learn calls the loss, from C without the penalty, and the penalty."""
+        return cost / self.outputs_averaged + penalty
 
 
 # Stochastic solvers
@@ -89,16 +87,16 @@ def _sgd(settings: Any) -> SGD:
     return SGD(momentum=momentum, nesterov=bool(settings.nesterovs_momentum) and momentum > 0)
 
 
-def _adam(kind: type[Adam]) -> Callable[[Any], Adam]:
-    return lambda settings: kind(beta_1=settings.beta_1, beta_2=settings.beta_2, epsilon=settings.epsilon)
-
-
 STOCHASTIC_SOLVERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": _sgd,
-    "adam": _adam(Adam),
-    "adamw": _adam(AdamW),
+    "adam": lambda settings: Adam(**_adam(settings), epsilon_hat=True),
+    "adamw": lambda settings: AdamW(**_adam(settings)),
     "rmsprop": lambda settings: RMSprop(epsilon=settings.epsilon),
 }
+
+
+def _adam(settings: Any) -> dict[str, Any]:
+    return {"beta_1": settings.beta_1, "beta_2": settings.beta_2, "epsilon": settings.epsilon}
 
 
 @dataclass
@@ -114,8 +112,6 @@ class Solver:
     power_t: float
     steps_before: int
     """Updates that the network had before: dropout counts on from there."""
-    epsilon_beside_v: bool = False
-    """Whether Adam's ε goes where scikit-learn adds it; see `AdamTrainer`."""
     step: int = 0
     """Updates so far."""
     learning_rate: float = field(init=False)
@@ -142,18 +138,24 @@ class Solver:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "state": self.state and self._host_state(), "ops": None}
 
-    def rates(self, n_steps: int) -> Floats:
-        """The learning rate of each of the next updates."""
+    def rates(self, n_epochs: int, n_steps: int, rows_seen: int, n_rows: int) -> Floats:
+        """(n_epochs, n_steps): the learning rate of each of the next updates, in epochs of `n_rows` rows."""
         if self.schedule is None:
-            return np.full(n_steps, self.learning_rate)
-        rates = self.schedule.rates(np.arange(self.step, self.step + n_steps))
-        self.learning_rate = float(rates[-1])
+            later = [self._rate_after(rows_seen + i * n_rows) for i in range(1, n_epochs)]
+            return np.repeat([[self.learning_rate], *([rate] for rate in later)], n_steps, axis=1)
+        rates = self.schedule.rates(np.arange(self.step, self.step + n_epochs * n_steps)).reshape(n_epochs, n_steps)
+        self.learning_rate = float(rates[-1, -1])
         return rates
 
+    def _rate_after(self, rows_seen: int) -> float:
+        """The rule's rate after an epoch; inverse scaling goes by the rows seen since the first fit."""
+        if self.rule != "invscaling":
+            return self.learning_rate
+        return float(self.learning_rate_init / (rows_seen + 1) ** self.power_t)
+
     def epoch_ends(self, rows_seen: int) -> None:
-        """Inverse scaling goes by the rows seen since the first fit."""
-        if self.rule == "invscaling":
-            self.learning_rate = self.learning_rate_init / (rows_seen + 1) ** self.power_t
+        """Apply the rule."""
+        self.learning_rate = self._rate_after(rows_seen)
 
     def stagnates(self) -> str:
         """What follows from no more improvement, in words; "Stopping." ends them where training is to stop."""
@@ -165,24 +167,6 @@ class Solver:
         return f"Setting learning rate to {self.learning_rate:f}"
 
 
-class AdamTrainer(OperationTrainer):
-    """Steps of Adam as scikit-learn has it: its ε is added to √v, the library's to √v̂ = √v / √(1 − β₂ᵗ).
-
-    The library's Adam becomes scikit-learn's with ε / √(1 − β₂ᵗ) at step t. A backend's own trainer keeps the
-    library's ε; the two part in weights whose gradient is of the size of ε, until t is a few thousand.
-    """
-
-    def __init__(self, net: MLP, job: TrainingJob) -> None:
-        super().__init__(net, job)
-        assert isinstance(job.optimizer, Adam)
-        self.adam = job.optimizer
-
-    def _step(self, batch: Indices, learning_rate: float, alpha: float, step: int) -> float:
-        epsilon = self.adam.epsilon / math.sqrt(1 - self.adam.beta_2 ** (step + 1))
-        self.job = replace(self.job, optimizer=replace(self.adam, epsilon=epsilon))
-        return super()._step(batch, learning_rate, alpha, step)
-
-
 class Epochs:
     """Passes over training rows: one update for each mini-batch, on the backend's trainer."""
 
@@ -191,44 +175,65 @@ class Epochs:
         self.problem, self.solver, self.batch_size = problem, solver, batch_size
         taken = (problem.rows, problem.target, problem.sample_weight)
         job = training._job(net, solver.optimizer, taken, batch_size, solver.steps_before, solver.state_on(net))
-        own = net.ops.trainer(job)
-        self.trainer = own or (AdamTrainer if solver.epsilon_beside_v else OperationTrainer)(net, job)
+        self.trainer = training._trainer(net, job)
 
-    def run(self, order: Indices, after_step: AfterStep) -> float:
-        """Train on these rows in this order; returns the epoch's loss as scikit-learn reports it."""
-        w = self.problem.sample_weight
-        starts = np.arange(0, len(order), self.batch_size)
-        n_rows = np.diff(starts, append=len(order))
-        weights = n_rows if w is None else np.add.reduceat(w[order].astype(np.float64), starts)
+    def run(self, orders: Indices, rows_seen: int, after_step: AfterStep) -> list[float]:
+        """Train on the rows in every row of `orders`, an epoch, after `rows_seen` rows since the first fit.
+
+        Returns the loss of each epoch that was not interrupted, as scikit-learn reports it.
+        """
+        n_epochs, size = orders.shape
+        starts = np.arange(0, size, self.batch_size)
+        n_rows = np.diff(starts, append=size)
+        weights = self._weights(orders, starts, n_rows)
         # A mini-batch without weight is no part of the cost, and so has no penalty; scikit-learn divides by 0 there.
-        alphas = np.divide(self.problem.alpha, weights, out=np.zeros(len(starts)), where=weights > 0)
-        rates = self.solver.rates(len(starts))
-        if w is None and self.problem.outputs_averaged == 1:
-            total = self.trainer.run(order, rates, alphas, self.solver.step, after_step)
-        else:
-            total = self._step_by_step(order, rates, alphas, (n_rows, weights), after_step)
-        self.solver.step += len(starts)
-        return total / len(order)
+        alphas = np.divide(self.problem.alpha, weights, out=np.zeros(weights.shape), where=weights > 0)
+        rates = self.solver.rates(n_epochs, len(starts), rows_seen, size)
+        rows_done, interrupted = 0, False
 
-    def _step_by_step(
-        self, order: Indices, rates: Floats, alphas: Floats, batches: tuple[Any, Any], after_step: AfterStep
-    ) -> float:
-        """Σ n · (the reported loss): it takes each mini-batch's own loss, which a longer run adds up otherwise."""
-        total, going_on = 0.0, True
+        def after(n: int) -> bool:
+            nonlocal rows_done, interrupted
+            rows_done += n
+            interrupted = not after_step(n)
+            return not interrupted
+
+        losses = self.trainer.run_epochs(orders, rates, alphas, self.solver.step, after)
+        if losses is None:
+            losses = self._run_by_run(orders, rates, alphas, weights, after)
+        done, rest = divmod(rows_done, size) if interrupted else (n_epochs, 0)
+        self.solver.step += done * len(starts) + -(-rest // self.batch_size)
+        reported = self.problem.reported(losses[:done, :, 0], losses[:done, :, 1])
+        means: list[float] = ((reported * n_rows).sum(axis=1) / size).tolist()
+        return means
+
+    def _weights(self, orders: Indices, starts: Indices, n_rows: Indices) -> Floats:
+        """The total weight of each mini-batch, (n_epochs, n_steps)."""
+        w = self.problem.sample_weight
+        if w is None:
+            return np.tile(n_rows.astype(np.float64), (len(orders), 1))
+        return np.add.reduceat(w[orders].astype(np.float64), starts, axis=1)
+
+    def _run_by_run(
+        self, orders: Indices, rates: Floats, alphas: Floats, weights: Floats, after_step: AfterStep
+    ) -> Floats:
+        """`Trainer.run_epochs` for a trainer that has none: one run for each mini-batch, to have its loss."""
+        losses = np.full((*rates.shape, 2), np.nan)
+        going_on = True
 
         def after(n: int) -> bool:
             nonlocal going_on
             going_on = after_step(n)
             return going_on
 
-        for i, (n_rows, weight) in enumerate(zip(*batches, strict=True)):
-            penalty = self.problem.net._penalty(alphas[i])
-            batch = order[i * self.batch_size : i * self.batch_size + n_rows]
-            loss = self.trainer.run(batch, rates[i : i + 1], alphas[i : i + 1], self.solver.step + i, after)
-            total += float(n_rows) * self.problem.reported(loss / weight if weight else 0.0, penalty)
+        for i, (epoch, step) in enumerate(np.ndindex(rates.shape)):
+            batch = orders[epoch, step * self.batch_size : (step + 1) * self.batch_size]
+            at = np.s_[epoch, step : step + 1]
+            weight, penalty = weights[epoch, step], self.problem.net._penalty(float(alphas[epoch, step]))
+            total = self.trainer.run(batch, rates[at], alphas[at], self.solver.step + i, after)
+            losses[epoch, step] = (total / weight - penalty if weight else 0.0), penalty
             if not (going_on and np.isfinite(total)):
                 break
-        return total
+        return losses
 
 
 # L-BFGS
@@ -249,22 +254,35 @@ class _FullCost:
     """(the reported loss, the gradient) of a flat vector of parameters."""
 
     def __init__(self, problem: Problem) -> None:
+        net = problem.net
         self.problem = problem
-        self.gradients = problem.net.ops.empty(problem.net.parameters.shape, problem.net.parameters.dtype)
+        self.gradients = net.ops.empty(net.parameters.shape, net.parameters.dtype)
         self.n_rows = len(problem.rows)
-        self.chunks = problem.net._chunks(self.n_rows)  # so that a sparse X is never dense as a whole
+        self.chunks = net._chunks(self.n_rows)  # so that a sparse X is never dense as a whole
         self.weight = self._weight(slice(None))
         self.alpha = problem.alpha / self.weight
+        taken = (problem.rows, problem.target, problem.sample_weight)
+        batch_size = len(range(self.n_rows)[self.chunks[0]])
+        self.trainer = training._trainer(net, training._job(net, SGD(), taken, batch_size, 0))
 
     def __call__(self, x: Floats) -> tuple[float, Floats]:
         net = self.problem.net
         net.parameters[...] = net.ops.asarray(x, net._array_dtype)
-        loss, gradient = 0.0, np.zeros(len(x))
+        cost = self.trainer.gradient(self.gradients, self.alpha)
+        if cost is None:
+            cost, gradient = self._chunk_by_chunk()
+        else:
+            gradient = net.ops.to_numpy(self.gradients).astype(np.float64)
+        return self.problem.reported(cost, net._penalty(self.alpha)), gradient
+
+    def _chunk_by_chunk(self) -> tuple[float, Floats]:
+        """C without the penalty, and the gradient, for a trainer that has neither."""
+        cost, gradient = 0.0, np.zeros(self.gradients.shape)
         for chunk in self.chunks:
             share = self._weight(chunk) / self.weight
-            loss += share * self._chunk(chunk)
-            gradient += share * net.ops.to_numpy(self.gradients)
-        return self.problem.reported(loss, net._penalty(self.alpha)), gradient
+            cost += share * self._chunk(chunk)
+            gradient += share * self.problem.net.ops.to_numpy(self.gradients)
+        return cost - self.problem.net._penalty(self.alpha), gradient
 
     def _weight(self, chunk: slice) -> float:
         """The rows' weights, added up; their number, where they have none."""

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from backprop_gpu.losses import Loss
 
-__all__ = ["Rows", "as_rows", "as_sample_weight", "as_target", "chunks", "require_two_classes"]
+if TYPE_CHECKING:
+    from backprop_gpu.backends.contract import Backend
+
+__all__ = ["OwnRows", "Rows", "as_rows", "as_sample_weight", "as_target", "chunks", "require_two_classes"]
 
 Array: TypeAlias = Any
 
@@ -62,12 +66,31 @@ class SparseRows(Rows):
         return np.ascontiguousarray(self.x[indices].astype(self.dtype, copy=False).toarray())
 
 
-def as_rows(X: Any, n_features: int, dtype: str, name: str = "X") -> Rows:
+class OwnRows(Rows):
+    """Rows of an array that a backend `owns`: they stay where they are, as long as a slice or all of them will do."""
+
+    def __init__(self, x: Array, dtype: str, ops: Backend) -> None:
+        self.x = self.array = x
+        self.shape, self.dtype, self.ops = (x.shape[0], x.shape[1]), dtype, ops
+
+    def take(self, indices: npt.NDArray[np.int64] | slice) -> Array:
+        """These rows: a slice as a view on the backend, others out of a copy on the host, made once."""
+        return self.x[indices] if isinstance(indices, slice) else self._on_host[indices]
+
+    @cached_property
+    def _on_host(self) -> npt.NDArray[Any]:
+        return self.ops.to_numpy(self.x)
+
+
+def as_rows(X: Any, n_features: int, dtype: str, name: str = "X", *, ops: Backend | None = None) -> Rows:
     """`X` as rows of `n_features` finite numbers.
 
-    X : (N, n_features) array, np.memmap, SciPy sparse matrix, DataFrame, or anything with __array__ or DLPack.
+    X : (N, n_features) array, np.memmap, SciPy sparse matrix, DataFrame, or anything with __array__ or DLPack; an array
+    that the backend `ops` owns is not brought to the host.
     ValueError for a wrong shape, no rows, NaN, inf or numbers too large for `dtype`; TypeError for what is not numbers.
     """
+    if ops is not None and ops.owns(X):
+        return _own_rows(X, n_features, dtype, name, ops)
     sparse = hasattr(X, "tocsr")
     x = X.tocsr() if sparse else _as_numeric(X, name)
     if sparse:
@@ -78,6 +101,15 @@ def as_rows(X: Any, n_features: int, dtype: str, name: str = "X") -> Rows:
         return SparseRows(x, dtype)
     _require_finite(x, dtype, name)
     return DenseRows(x if isinstance(x, np.memmap) else np.ascontiguousarray(x, dtype), dtype)
+
+
+def _own_rows(X: Array, n_features: int, dtype: str, name: str, ops: Backend) -> Rows:
+    _require_numeric(X.dtype, name)
+    _require_matrix(X.shape, n_features, name)
+    x = ops.asarray(X, dtype)
+    if not np.isfinite(float(ops.sum_squares(x))):  # NaN, inf, or float64 numbers whose squares are too large
+        _require_finite(np.asarray(ops.to_numpy(X)), dtype, name)
+    return OwnRows(x, dtype, ops)
 
 
 def as_target(y: Any, loss: Loss, n_outputs: int, n_rows: int, dtype: str, name: str = "y") -> Array:
@@ -223,8 +255,11 @@ def _require_finite(x: Array, dtype: str, name: str) -> None:
     if x.dtype.kind != "f":
         return
     for start, block in chunks(x):
-        with np.errstate(over="ignore"):
-            bad = ~np.isfinite(block.astype(dtype, copy=False))
+        with np.errstate(over="ignore", invalid="ignore"):
+            block_cast = block.astype(dtype, copy=False)
+            if np.isfinite(block_cast.sum()):  # as no sum with NaN or inf is; a quarter of the time of looking at each
+                continue
+        bad = ~np.isfinite(block_cast)
         if bad.any():
             row, column = (int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
             raise ValueError(_not_finite(name, block[row, column], dtype, start + row, column))

@@ -23,7 +23,7 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.contract import Array, Dropout
 from backprop_gpu.backends.selection import select
 from backprop_gpu.checks import integer
-from backprop_gpu.data import Rows
+from backprop_gpu.data import OwnRows, Rows
 from backprop_gpu.history import History
 from backprop_gpu.losses import Loss
 from backprop_gpu.names import lookup
@@ -106,7 +106,8 @@ class MLP:
         Uniform with variance 2 / (n_in + n_out) or 2 / n_in; "auto" takes what suits each layer's activation.
         Biases start at 0.
     dtype : "float32" or "float64"
-        What the network computes in; other dtypes where a backend offers them.
+        What the network computes in. On a GPU also "tf32", "bfloat16" and "float16": products of operands rounded to
+        it, on the tensor cores, beside parameters, sums and an optimizer in float32.
     backend : str
         "auto", or a name of `backends()`.
     seed : int or None
@@ -300,10 +301,14 @@ class MLP:
 
     def _take_in(self, X: Any, y: Any, sample_weight: Any, name: str = "") -> tuple[Rows, Any, Any]:
         """Data as rows, target and weights, checked against this network; `name` says which data an error is about."""
+        rows = self._rows(X, f"{name}X")
+        return rows, *self._take_in_targets(y, sample_weight, len(rows), name)
+
+    def _take_in_targets(self, y: Any, sample_weight: Any, n_rows: int, name: str = "") -> tuple[Any, Any]:
         arch, dtype = self.architecture, self._array_dtype
-        rows = data.as_rows(X, arch.layer_sizes[0], dtype, f"{name}X")
-        target = data.as_target(y, arch.loss, arch.layer_sizes[-1], len(rows), dtype, f"{name}y")
-        return rows, target, data.as_sample_weight(sample_weight, len(rows), dtype)
+        y, sample_weight = (self.ops.to_numpy(x) if self.ops.owns(x) else x for x in (y, sample_weight))
+        target = data.as_target(y, arch.loss, arch.layer_sizes[-1], n_rows, dtype, f"{name}y")
+        return target, data.as_sample_weight(sample_weight, n_rows, dtype)
 
     # Training
 
@@ -323,6 +328,7 @@ class MLP:
         checkpoint: PathLike | None = None,
         shuffle: bool = True,
         progress: bool | None = None,
+        tune: bool = False,
     ) -> History:
         """Train on mini-batches for a number of epochs, from the parameters as they are, with a fresh optimizer state.
 
@@ -356,6 +362,9 @@ class MLP:
             A new order of the rows for each epoch.
         progress : bool, optional
             Show a progress bar; by default only where stderr is a terminal.
+        tune : bool
+            On a GPU, measure each product's tiles, and cuBLAS with a fused pass, for this network and batch_size first,
+            and take the fastest; what won is remembered on disk. Other backends have no such choice.
 
         Returns
         -------
@@ -384,6 +393,7 @@ class MLP:
             checkpoint=checkpoint,
             shuffle=shuffle,
             progress=progress,
+            tune=tune,
         )
 
     def partial_fit(
@@ -412,7 +422,7 @@ class MLP:
         (N, n_outputs) of 0 and 1 for multi-label; (N,) or (N, n_outputs) values for the others. ValueError for bad
         input, and where the network's output is NaN, which has no label.
         """
-        outputs = self._outputs(data.as_rows(X, self.layer_sizes[0], self._array_dtype))
+        outputs = self._host_outputs(self._rows(X))
         if np.isnan(outputs).any():
             row = int(np.isnan(outputs).any(axis=1).argmax())
             raise ValueError(
@@ -420,14 +430,15 @@ class MLP:
             )
         return self._labels(outputs)
 
-    def predict_proba(self, X: Any) -> npt.NDArray[Any]:
+    def predict_proba(self, X: Any) -> Array:
         """Probabilities: (N, n_classes) for cross_entropy, (N, n_outputs) of "yes" for binary_cross_entropy.
 
+        On the host; but for rows on the GPU that computes, such as a CuPy array, they stay there, as the rows do.
         Raises TypeError for a network with a regression loss.
         """
         if self.architecture.loss.task != "classification":
             raise TypeError(f"a network with loss {self.architecture.loss.name!r} has no probabilities; use predict")
-        return self._outputs(data.as_rows(X, self.layer_sizes[0], self._array_dtype))
+        return self._outputs(self._rows(X))
 
     def evaluate(self, X: Any, y: Any, *, sample_weight: Any = None) -> dict[str, float]:
         """The loss and how well the network does, without dropout.
@@ -435,7 +446,12 @@ class MLP:
         Returns {"loss", "accuracy"} for classification (multi-label: a row counts where all its labels are right),
         {"loss", "r2"} for regression: the coefficient of determination, averaged over the outputs.
         """
-        return self._evaluate(*self._take_in(X, y, sample_weight))
+        rows = self._rows(X)
+        return self._evaluate(rows, *self._take_in_targets(y, sample_weight, len(rows)))
+
+    def _rows(self, X: Any, name: str = "X") -> Rows:
+        """Rows, which stay where they are if that is where the backend computes."""
+        return data.as_rows(X, self.layer_sizes[0], self._array_dtype, name, ops=self.ops)
 
     def _evaluate(self, rows: Rows, target: Any, sample_weight: Any) -> dict[str, float]:
         """`evaluate` for data that `_take_in` has checked."""
@@ -460,11 +476,21 @@ class MLP:
             return {"loss": loss, "accuracy": _accuracy(self._labels(a), self._labels(target), w)}
         return {"loss": loss, "r2": _r2(a, target, w)}
 
-    def _outputs(self, rows: Rows) -> npt.NDArray[Any]:
-        """The output layer's activations, (N, n_outputs), on the host."""
+    def _outputs(self, rows: Rows) -> Array:
+        """The output layer's activations, (N, n_outputs), on the host unless the rows are an array of the backend's."""
         ops, sigma = self.ops, self.architecture.output_activation
+        if isinstance(rows, OwnRows):
+            outputs = ops.empty((len(rows), self.layer_sizes[-1]), self._array_dtype)
+            for chunk in self._chunks(len(rows)):
+                ops.output_forward(self._z_out(rows.take(chunk)), sigma, a=outputs[chunk])
+            return outputs
         chunks = (self._z_out(ops.asarray(rows.take(chunk))) for chunk in self._chunks(len(rows)))
         return np.concatenate([ops.to_numpy(ops.output_forward(z, sigma)) for z in chunks])
+
+    def _host_outputs(self, rows: Rows) -> npt.NDArray[Any]:
+        """`_outputs`, on the host."""
+        outputs = self._outputs(rows)
+        return self.ops.to_numpy(outputs) if isinstance(rows, OwnRows) else outputs
 
     def _z_out(self, X: Array) -> Array:
         """z of the output layer, without dropout."""

@@ -10,8 +10,7 @@ their sum, c = ½ Σₖ (aₖ − yₖ)² as this library does, and reports thei
 
 What differs: a sample weight below 0, and a negative y for the poisson loss, are refused; `early_stopping` always ends
 with the best epoch's parameters, where scikit-learn's second warm start may end with its last; a run whose loss is no
-longer finite does not go on through all its mini-batches; on a backend that takes whole steps by itself, Adam's ε is
-the library's, added to √v̂ after the bias correction, which shows in weights whose gradient is of the size of ε.
+longer finite does not go on through all its mini-batches.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from backprop_gpu import data, losses
 from backprop_gpu._sklearn_base import LIBRARY_NAMES, SKLEARN_NAMES, BaseMLP
+from backprop_gpu.data import OwnRows
 from backprop_gpu.losses import OUTPUT_ACTIVATIONS, BinaryCrossEntropy, CrossEntropy, Loss
 from backprop_gpu.mlp import MLP
 
@@ -325,10 +325,39 @@ class MLPClassifier(ClassifierMixin, BaseMLP):  # type: ignore[misc]
         Returns
         -------
         y_prob : ndarray of shape (n_samples, n_classes)
-            The probabilities, in the order of `classes_`.
+            The probabilities, in the order of `classes_`. For X on the GPU that computes, such as a CuPy array, they
+            stay there, as X does.
         """
-        p = self._outputs(X)
-        return np.hstack([1 - p, p]) if self.n_outputs_ == 1 else p
+        net, rows = self._rows_to_predict(X)
+        p: Array = net._outputs(rows)
+        if self.n_outputs_ == 1 and isinstance(rows, OwnRows):
+            # [1 − p, p] by the one operation that adds and multiplies
+            W, b = (net.ops.asarray(x, net._array_dtype) for x in ([[-1.0, 1.0]], [1.0, 0.0]))
+            p, _ = net.ops.dense_forward(p, W, b, "identity")
+        elif self.n_outputs_ == 1:
+            p = np.hstack([1 - p, p])
+        return p
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy of `predict`.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            The rows; an array on the GPU that computes stays there.
+
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Their classes, or labels.
+
+        sample_weight : array-like of shape (n_samples,), default=None
+            Their weights.
+
+        Returns
+        -------
+        score : float
+            The part of the rows whose prediction is right.
+        """
+        return float(super().score(X, self._on_host(y), sample_weight))
 
     def predict_log_proba(self, X: Any) -> Array:
         """Predict the logarithm of the probability of each class, or label.
@@ -712,6 +741,27 @@ class MLPRegressor(RegressorMixin, BaseMLP):  # type: ignore[misc]
             The predicted values.
         """
         return self._decode(self._outputs(X))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the coefficient of determination R² of `predict`.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            The rows; an array on the GPU that computes stays there.
+
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Their values.
+
+        sample_weight : array-like of shape (n_samples,), default=None
+            Their weights.
+
+        Returns
+        -------
+        score : float
+            R², averaged over the outputs.
+        """
+        return float(super().score(X, self._on_host(y), sample_weight))
 
     def to_sklearn(self) -> Any:
         """Convert to scikit-learn's class.

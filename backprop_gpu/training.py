@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -155,6 +155,7 @@ def fit(
     checkpoint: PathLike | None,
     shuffle: bool,
     progress: bool | None,
+    tune: bool,
 ) -> History:
     """`MLP.fit`, where it is documented. Everything is checked before anything changes."""
     epochs = integer("epochs", epochs, at_least=1)
@@ -187,6 +188,7 @@ def fit(
     net.rng.bit_generator.state = rng.bit_generator.state
     net.stream = None
     job = _job(net, optimizer, (rows, target, w), batch_size, net.steps_taken if saved is None else saved.steps_before)
+    job = replace(job, tune=tune)
     run = _Run(net, job, train, schedule, shuffle, validation, stopping, History(rows=n_train))
     if saved is not None:
         run.restore(saved)

@@ -1,23 +1,26 @@
 """Write the tables and plots from what they describe: `python -m bench.report`, or `--check` to compare only.
 
-README.md's tables stand between markers; those of the activations and losses come from the code, that of the speed from
-the files in bench/results/, as do bench/RESULTS.md and bench/plots/. No figure is written by hand.
+Tables stand between markers. Those of the activations and losses in README.md, and of the floors in kernels/README.md,
+come from the code; that of the speed from the files in bench/results/, as do bench/RESULTS.md and bench/plots/. No
+figure is written by hand.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.losses import LOSSES
-from bench import plots
+from bench import floors, plots
 from bench.results import Result, all_results
 from bench.tables import everything, short, table
 
 README = Path(__file__).parents[1] / "README.md"
+KERNELS = Path(__file__).parents[1] / "kernels" / "README.md"
 PAGE_HEAD = (
     "# Results\n\nWritten by `python -m bench.report` from the files in `results/`; README.md says how to read it.\n"
 )
@@ -45,6 +48,11 @@ def losses() -> str:
     return table(["loss", "task", "output activation"], rows)
 
 
+def gpu_floors() -> str:
+    """What a step must move and compute, and the least time that this takes on an H100."""
+    return table(["network, batch", "launches", "MB", "million operations", "µs at least"], list(floors.rows()))
+
+
 # What was measured
 
 
@@ -68,25 +76,32 @@ def _section(result: Result) -> str:
 
 # Files
 
-TABLES: dict[str, Callable[[], str]] = {"activations": activations, "losses": losses, "benchmarks": benchmarks}
+Tables: TypeAlias = Mapping[str, Callable[[], str]]
+
+TABLES: Tables = {"activations": activations, "losses": losses, "benchmarks": benchmarks}
+KERNEL_TABLES: Tables = {"floors": gpu_floors}
 
 
-def filled(text: str) -> str:
+def filled(text: str, tables: Tables = TABLES) -> str:
     """`text` with each table between its markers, <!-- name --> and <!-- /name -->, written anew."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no markers for the table {name!r}")
+            raise ValueError(f"the text has no markers for the table {name!r}")
         body = make()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
 
 
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Write README.md, RESULTS.md and the plots; with --check, only say whether the two texts are up to date."""
-    texts = {README: filled(README.read_text(encoding="utf-8")), RESULTS: page()}
+    """Write the README files, RESULTS.md and the plots; with --check, only say whether the texts are up to date."""
+    texts = {README: filled(_read(README)), KERNELS: filled(_read(KERNELS), KERNEL_TABLES), RESULTS: page()}
     if "--check" in arguments:
-        stale = [path.name for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+        stale = [path.name for path, text in texts.items() if _read(path) != text]
         print(*(f"{name} is out of date: python -m bench.report" for name in stale), sep="\n", end="", file=sys.stderr)
         return 1 if stale else 0
     for path, text in texts.items():

@@ -57,6 +57,20 @@ OPERATION_FILES = ("test_contract", "test_operations", "test_stability", "test_t
 """The test files that a slow candidate takes; whole trainings it has tests of its own for."""
 
 
+MOST_ENTRIES = {1: 200, 2: 150, 3: 20_000}
+"""What a slow candidate bears of a vector, a matrix and a product, whose shape a test is given."""
+
+HEAVY = {"test_gradients_over_many_rows_keep_their_digits", "test_the_share_of_neurons_kept"}
+"""Tests that it does not bear, whatever their parameters."""
+
+
+def _work(parameters):
+    """The size that a test is given, as a share of the most that is borne."""
+    shape = parameters.get("shape", parameters.get("size", 1))
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    return math.prod(shape) / MOST_ENTRIES[len(shape)]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A backend as the tests run it."""
@@ -66,14 +80,14 @@ class Candidate:
     on_gpu: bool
     tests: tuple[str, ...] | None = None
     """The test files that take it; None is all."""
-    most_products: float = math.inf
-    """The largest product of a test's `shape` that it bears."""
+    slow: bool = False
+    """Then it takes no more work than `MOST_ENTRIES`, and nothing of `HEAVY`."""
 
     def takes(self, item):
         """Whether it is up to a test."""
-        shape = item.callspec.params.get("shape", ())
-        in_file = self.tests is None or item.path.stem in self.tests
-        return in_file and (not isinstance(shape, tuple) or math.prod(shape) <= self.most_products)
+        if self.tests is not None and item.path.stem not in self.tests:
+            return False
+        return not self.slow or (item.originalname not in HEAVY and _work(item.callspec.params) <= 1)
 
 
 def _candidates():
@@ -84,7 +98,7 @@ def _candidates():
         elif status.name == "cuda" and status.works:
             yield Candidate("cuda-on-cpu", "cuda", False, OPERATION_FILES)
         elif status.works:
-            yield Candidate(f"{status.name}-simulator", status.name, False, OPERATION_FILES, 1 << 14)
+            yield Candidate(f"{status.name}-simulator", status.name, False, OPERATION_FILES, slow=True)
 
 
 def _parameters(entries, on_gpu):
@@ -120,9 +134,11 @@ def on_every_backend(backend, monkeypatch):
     )
 
 
-@pytest.fixture(
-    scope="session", params=_parameters([(s.name, s) for s in bp.backends()], lambda s: s.name in GPU_BACKENDS)
-)
+def _on_gpu(status):
+    return status.name in GPU_BACKENDS and status.automatic
+
+
+@pytest.fixture(scope="session", params=_parameters([(s.name, s) for s in bp.backends()], _on_gpu))
 def backend_status(request):
     """The status of every backend that there is, working or not."""
     return request.param

@@ -92,3 +92,11 @@ def test_a_narrow_dtype_keeps_its_parameters_in_float32(add_backend, dtype):
     net = bp.MLP([3, 4, 2], dtype=dtype)
     assert (net.dtype, str(net.parameters.dtype)) == (dtype, "float32")
     assert (net.copy().dtype, str(net.copy().parameters.dtype)) == (dtype, "float32")
+
+
+@pytest.mark.gpu
+def test_the_gpu_suite_has_a_gpu():
+    """`pytest -m gpu` without one skips here, and says so; with one, every test of a backend runs there."""
+    statuses = [status for status in bp.backends() if status.name in ("cuda", "numba-cuda")]
+    if not any(status.automatic for status in statuses):
+        pytest.skip(f"NOTHING RAN ON A GPU: {'; '.join(map(str, statuses))}")

@@ -6,7 +6,7 @@ import backprop_gpu as bp
 from bench import guard
 from bench.cases import NETWORKS
 
-BACKEND = next(name for name in guard.BACKENDS if any(s.works for s in bp.backends() if s.name == name))
+BACKEND = next(name for name in guard.BACKENDS if any(s.automatic for s in bp.backends() if s.name == name))
 
 
 @pytest.mark.parametrize("network", guard.GUARDED)

@@ -3,6 +3,7 @@
 On a machine with an NVIDIA GPU the kernels run there (`pytest -m gpu`), and the tests of the emulation alone do not.
 """
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -13,11 +14,21 @@ from scipy import sparse
 import backprop_gpu as bp
 import cuda_on_cpu
 from backprop_gpu import training
-from backprop_gpu.backends import cuda, cuda_data, cuda_plan, cuda_step, selection
+from backprop_gpu.backends import (
+    cuda,
+    cuda_blas,
+    cuda_data,
+    cuda_plan,
+    cuda_products,
+    cuda_step,
+    cuda_tuning,
+    selection,
+)
 from backprop_gpu.backends.contract import Dropout
 from backprop_gpu.backends.cuda import CudaBackend
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.optimizers import OPTIMIZERS
+from cuda_on_cpu.emulator import Operation
 
 NARROW = ("tf32", "bfloat16", "float16")
 REFERENCE = NumpyBackend()
@@ -436,6 +447,33 @@ def test_arrays_on_the_device_are_taken_as_they_are(fast):
     assert backend.asarray(exchanged).data.ptr == x.data.ptr
 
 
+def test_rows_on_the_device_are_trained_on_and_predicted_there(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data()
+    results = []
+    for place in (np.asarray, cp.asarray):
+        net, rows, target = bp.MLP(SIZES, backend="cuda", seed=3), place(X), place(y)
+        cp.emulator.reset()
+        net.fit(rows, target, epochs=2, batch_size=32, validation_data=(rows, target), progress=False)
+        proba, metrics, parameters = (
+            net.predict_proba(rows),
+            net.evaluate(rows, target),
+            net.ops.to_numpy(net.parameters),
+        )
+        results.append((net.ops.to_numpy(proba), net.predict(rows), metrics, parameters))
+        if place is cp.asarray:
+            assert isinstance(proba, cp.ndarray)
+            assert cp.emulator.counters.bytes_to_device < X.nbytes + 8192  # orders, labels and tables
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_equal(device, host)
+    net.fit(rows, y, epochs=1, validation_fraction=0.3, progress=False)
+    X[2, 1] = np.nan
+    rows = cp.asarray(X)
+    with pytest.raises(ValueError, match="nan at row 2, column 1"):
+        net.fit(rows, y)
+
+
 def test_an_array_that_is_not_contiguous_is_copied(fast):
     backend = CudaBackend(fast)
     x = draw(6, 8)
@@ -563,3 +601,144 @@ def test_dropout_of_the_operations_and_of_the_steps_is_the_same(fast):
     backend.kernels.dense_forward(*ones, counted, None, "identity", at_0, counter, dtype="float64")()
     assert np.array_equal(backend.to_numpy(a), backend.to_numpy(counted))
     assert 0 < (backend.to_numpy(a) == 0).mean() < 1
+
+
+# Tuning
+
+
+class EmulatedCublas:
+    """The five functions of cuBLAS that the library calls, with NumPy, on an emulated device's memory and streams."""
+
+    def __init__(self, cp, spoilt=False):
+        self.cp, self.spoilt, self.streams, self.calls = cp, spoilt, [], 0
+
+    def cublasCreate_v2(self, handle):
+        handle._obj.value = len(self.streams) + 1
+        self.streams.append(None)
+        return 0
+
+    def cublasSetStream_v2(self, handle, stream):
+        self.streams[handle.value - 1] = stream.value
+        return 0
+
+    def cublasSetWorkspace_v2(self, handle, workspace, size):
+        assert workspace.value % 256 == 0
+        return 0
+
+    def cublasGemmEx(
+        self, handle, op_a, op_b, m, n, k, alpha, A, a_type, lda, B, b_type, ldb, beta, C, c_type, ldc, *_
+    ):
+        """Column-major: C = alpha op(A) op(B) + beta C."""
+        assert self.streams[handle.value - 1] == self.cp.cuda.get_current_stream().ptr
+        assert a_type == b_type
+        assert (alpha._obj.value, beta._obj.value) == (1, 0)
+        a, b = (self.matrix(*x) for x in ((A, a_type, lda, m, k, op_a), (B, b_type, ldb, k, n, op_b)))
+        c = self.matrix(C, c_type, ldc, m, n, 0)
+        self.calls += 1
+
+        def run():
+            c[...] = wide(a, a_type) @ wide(b, b_type) + self.spoilt
+            self.cp.emulator.memory.mark_written(c)
+
+        self.cp.emulator.streams.submit(Operation("cublasGemmEx", run))
+        return 0
+
+    def matrix(self, pointer, kind, stride, rows, columns, transposed):
+        dtype = np.dtype({0: "float32", 1: "float64", 2: "float16", 14: "uint16"}[kind])
+        if transposed:
+            return self.matrix(pointer, kind, stride, columns, rows, 0).T
+        assert stride >= rows
+        memory = self.cp.emulator.memory.at(pointer.value, stride * columns * dtype.itemsize)
+        return memory.view(dtype).reshape(columns, stride).T[:rows]
+
+
+def wide(x, kind):
+    return (
+        (x.astype(np.uint32) << 16).view(np.float32) if kind == 14 else x.astype(np.promote_types(x.dtype, np.float32))
+    )
+
+
+@pytest.fixture
+def cublas(emulated, on, monkeypatch, tmp_path):
+    """cublas(): an emulated device with cuBLAS, which `backend="cuda"` then uses, and folders of its own."""
+
+    def cublas(**settings):
+        cp = emulated()
+        on(cp)
+        library = EmulatedCublas(cp, **settings)
+        monkeypatch.setattr(cuda_blas.Blas, "library", library)
+        monkeypatch.setenv("BACKPROP_GPU_CACHE_DIR", str(tmp_path))
+        return library
+
+    return cublas
+
+
+def in_favour_of(monkeypatch, fastest):
+    """Makes the measured times say that the ways of which `fastest` is true are fast."""
+
+    def measured(self, launch):
+        launch()
+        return 1.0 if fastest(launch) else 2.0
+
+    monkeypatch.setattr(cuda_tuning.Tuning, "_seconds", measured)
+
+
+def uses_cublas(launch):
+    return isinstance(launch, cuda_products.InOrder)
+
+
+@pytest.mark.parametrize("dtype", cuda_plan.TILES)
+def test_cublas_with_a_fused_pass_gives_the_same_run(cublas, monkeypatch, dtype):
+    library = cublas()
+    in_favour_of(monkeypatch, uses_cublas)
+    X, y = data(n=101)
+    net = bp.MLP(SIZES, backend="cuda", dtype=dtype, seed=3, dropout=0.2, activation=["gelu", "tanh"])
+    reference = net.copy(backend="numpy", dtype="float64" if dtype == "float64" else "float32")
+    history = net.fit(X, y, epochs=2, batch_size=32, tune=True, progress=False)
+    expected = reference.fit(X, y, epochs=2, batch_size=32, progress=False)
+    tolerances = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 4e-3}
+    assert relative_error(np.array(history["loss"]), np.array(expected["loss"])) <= tolerances.get(dtype, 5e-4)
+    known = json.loads((cuda_tuning._folder() / cuda_tuning.FILE).read_text())
+    assert set(known.values()) == {"cublas"}
+    assert library.calls
+
+
+def test_what_was_measured_is_remembered(cublas, monkeypatch):
+    cublas()
+    X, y = data()
+    in_favour_of(monkeypatch, lambda launch: not uses_cublas(launch) and launch.threads == 128)
+    bp.MLP(SIZES, backend="cuda").fit(X, y, epochs=1, tune=True, progress=False)
+    known = json.loads((cuda_tuning._folder() / cuda_tuning.FILE).read_text())
+    assert len(known) == 3 + 2 + 3
+    assert all("64, 64, 16" in way for way in known.values())
+    monkeypatch.setattr(cuda_tuning.Tuning, "_seconds", None)  # which would fail
+    bp.MLP(SIZES, backend="cuda").fit(X, y, epochs=1, tune=True, progress=False)
+
+
+def test_a_way_with_other_numbers_never_wins(cublas, monkeypatch, caplog):
+    cublas(spoilt=True)
+    in_favour_of(monkeypatch, uses_cublas)
+    X, y = data()
+    bp.MLP(SIZES, backend="cuda").fit(X, y, epochs=1, tune=True, progress=False)
+    known = json.loads((cuda_tuning._folder() / cuda_tuning.FILE).read_text())
+    assert "cublas" not in known.values()
+    assert "cublas does not give the numbers" in caplog.text
+
+
+def test_without_cublas_the_tiles_are_measured(emulated, on, monkeypatch, tmp_path):
+    on(emulated())
+    monkeypatch.setenv("BACKPROP_GPU_CACHE_DIR", str(tmp_path / "none" / "yet"))
+    X, y = data(n=32)
+    expected = trained("numpy", X, y, epochs=1)
+    net = bp.MLP(SIZES, backend="cuda", dtype="float64", seed=3)
+    history = net.fit(X, y, epochs=1, batch_size=32, tune=True, progress=False)
+    assert_same_run((np.array(history["loss"]), net.ops.to_numpy(net.parameters)), expected)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": '])
+def test_a_damaged_memory_of_measurements_is_forgotten(fast, tmp_path, content):
+    (tmp_path / cuda_tuning.FILE).write_text(content)
+    tuning = cuda_tuning.Tuning(fast, tmp_path)
+    way = tuning.way(("x",), "a", ["a"], lambda way: lambda: None, [], "float32")
+    assert way == "a"
+    assert list(tuning._read().values()) == ["a"]

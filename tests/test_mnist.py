@@ -34,3 +34,17 @@ def test_98_percent_of_the_test_digits_within_10_epochs(seed, mnist):
     accuracy = net.evaluate(*test)["accuracy"]
     print(f"seed {seed}: {accuracy:.2%}")
     assert accuracy >= 0.98
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_scikit_learns_run(mnist):
+    """Two epochs of 10,000 rows, in float32: the same loss curve, and as many test digits right."""
+    theirs = pytest.importorskip("sklearn.neural_network")
+    from backprop_gpu import sklearn as ours
+
+    (X, y), (X_test, y_test) = mnist
+    settings = {"hidden_layer_sizes": (256, 128), "max_iter": 2, "random_state": 0}
+    a, b = (module.MLPClassifier(**settings).fit(X[:10_000], y[:10_000]) for module in (ours, theirs))
+    assert np.abs(np.array(a.loss_curve_) / b.loss_curve_ - 1).max() <= 1e-3
+    assert abs(a.score(X_test, y_test) - b.score(X_test, y_test)) <= 2e-3
+    assert a.score(X_test, y_test) >= 0.9

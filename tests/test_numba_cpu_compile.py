@@ -435,3 +435,68 @@ def test_the_directories_used_last_are_kept_and_others_removed(chosen):
     os.utime(new, (1, 1))
     assert compiling._directory() == new
     assert new.stat().st_mtime > 10**9
+
+
+# Code that two processes have kept
+
+
+TWINS = """
+import sys
+import numpy as np
+from backprop_gpu.kernels.numba_cpu.compile import entry_point
+from backprop_gpu.kernels.numba_cpu.elementary import called
+
+def run_of(c):
+    @called
+    def run(x, start, count):
+        for i in range(count):
+            x[start + i] = np.sin(x[start + i]) + c
+            if x[start + i] > 100:
+                x[start + i] = np.exp(-x[start + i])
+    return run
+
+plus_one, plus_two = run_of(1.0), run_of(2.0)
+
+@entry_point
+def one(x):
+    plus_one(x, 0, 2)
+    plus_one(x, 2, x.size - 2)
+    plus_one(x, 0, 0)
+
+@entry_point
+def two(x):
+    plus_two(x, 0, 2)
+    plus_two(x, 2, x.size - 2)
+    plus_two(x, 0, 0)
+
+for name in sys.argv[1:]:
+    x = np.zeros(5)
+    globals()[name](x)
+    print(*map(int, x))
+"""
+
+
+def test_closures_of_one_factory_that_two_processes_have_compiled_are_told_apart(tmp_path):
+    """Each process counts its functions from 1: without names of their own, the first one loaded would serve both."""
+    script = tmp_path / "twins.py"
+    script.write_text(TWINS)
+
+    def printed(*names):
+        environment = os.environ | {compiling.VARIABLE: str(tmp_path / "cache")}
+        command = [sys.executable, str(script), *names]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
+
+    ones, twos = "1 1 1 1 1", "2 2 2 2 2"
+    assert printed("one")[:-1] == [ones]
+    assert printed("two")[:-1] == [twos]
+    assert printed("one", "two")[:-1] == [ones, twos]
+    assert printed("two", "one")[:-1] == [twos, ones]
+
+
+def test_no_two_runs_of_the_activations_have_one_name():
+    from backprop_gpu.kernels.numba_cpu import activations
+
+    choices = (activations.apply.py_func, activations.multiply_by_derivative.py_func)
+    runs = [f for choose in choices for f in set(map(choose.__globals__.get, activations.FORWARD)) - {None}]
+    assert len(runs) >= len(activations.FORWARD)
+    assert len({f.__qualname__ for f in runs}) == len(runs)

@@ -164,10 +164,12 @@ def test_adam_makes_the_same_run(problem, activation):
     assert np.abs(np.array(a.loss_curve_) / b.loss_curve_ - 1).max() <= 1e-3
 
 
-def test_adam_has_the_same_loss_curve_on_every_backend(on_every_backend):
-    """For a while: on a backend of whole steps the two places of Adam's ε drift apart."""
-    name, X, y = PROBLEMS["binary"]
-    a, b = both(name, X, y, backend="auto")
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_adam_has_the_same_loss_curve_on_every_backend(problem, on_every_backend):
+    name, X, y = PROBLEMS[problem]
+    loss = {"loss": "poisson", "learning_rate_init": 1e-4} if problem == "counts" else {}
+    a, b = both(name, X, y, backend="auto", max_iter=100, **loss)
+    assert a.n_iter_ == b.n_iter_
     assert np.abs(np.array(a.loss_curve_) / b.loss_curve_ - 1).max() <= 1e-3
 
 
@@ -375,6 +377,48 @@ def test_an_interrupted_run_keeps_what_it_has(interrupt):
         model.fit(X, y)
     assert model.n_iter_ == len(model.loss_curve_) == 3
     assert model.score(X, y) > 0.5
+
+
+def test_an_interrupt_between_two_epochs_that_nobody_watches(on_every_backend, monkeypatch):
+    """Such epochs are one call of the trainer; those that were whole count."""
+    _, X, y = PROBLEMS["binary"]
+    seen = []
+
+    def update(progress, n_rows):
+        seen.append(n_rows)
+        if sum(seen) > 3 * len(X):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("backprop_gpu._sklearn_base._NoProgress.update", update)
+    cpu_step = sys.modules.get("backprop_gpu.backends.cpu_step")  # whose calls would last 0.1 s
+    if cpu_step is not None:
+        monkeypatch.setattr(cpu_step, "SECONDS_PER_CALL", 0.0)
+    model = ours.MLPClassifier(random_state=0)
+    with pytest.warns(UserWarning, match="Training interrupted by user"):
+        model.fit(X, y)
+    assert model.n_iter_ == len(model.loss_curve_) == sum(seen) // len(X) >= 3
+    assert model.t_ == model.n_iter_ * len(X)
+    assert np.isfinite(model.loss_curve_).all()
+
+
+@pytest.mark.parametrize("rule", ["constant", "invscaling", "adaptive", bp.Cosine(0.05)])
+@pytest.mark.parametrize("problem", ["binary", "three values"])
+def test_epochs_that_nobody_watches_are_those_that_somebody_does(problem, rule, on_every_backend):
+    name, X, y = PROBLEMS[problem]
+    settings = {
+        "learning_rate": rule,
+        "solver": "sgd",
+        "learning_rate_init": 0.01,
+        "tol": 0.002,
+        "n_iter_no_change": 3,
+        "max_iter": 61,
+        "random_state": 0,
+    }
+    watched, unwatched = (getattr(ours, name)(**settings, callbacks=[print] if w else None) for w in (True, False))
+    weight = np.random.default_rng(0).uniform(0, 2, len(X))
+    assert watched.fit(X, y, weight).loss_curve_ == unwatched.fit(X, y, weight).loss_curve_
+    for W, expected in zip(unwatched.coefs_, watched.coefs_, strict=True):
+        np.testing.assert_array_equal(W, expected)
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import backprop_gpu as bp
+from backprop_gpu import training
 from backprop_gpu.backends.contract import TrainingJob
 from backprop_gpu.data import as_rows
 from backprop_gpu.training import OperationTrainer
@@ -130,6 +131,67 @@ def test_a_trainer_takes_the_rate_and_the_penalty_of_each_step(X, y):
     assert total == pytest.approx(loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_several_epochs_in_one_run_are_epoch_after_epoch(weighted, X, y):
+    w = np.random.default_rng(1).random(N) if weighted else None
+    nets = [make_net(dropout=0.3) for _ in range(2)]
+    orders = np.stack([np.random.default_rng(i).permutation(N)[:-3] for i in range(3)])
+    n_steps = -(-orders.shape[1] // 20)
+    rates, alphas = np.linspace(0.1, 0.2, 3 * n_steps).reshape(3, -1), np.linspace(0, 1, 3 * n_steps).reshape(3, -1)
+    jobs = [training._job(net, bp.Adam(), net._take_in(X, y, w), 20, 5) for net in nets]
+    whole, one_by_one = (training._trainer(net, job) for net, job in zip(nets, jobs, strict=True))
+    losses = whole.run_epochs(orders, rates, alphas, 0, lambda n: True)
+    if losses is None:
+        pytest.skip(f"{nets[0].backend}'s trainer has no such path")
+    assert losses.shape == (3, n_steps, 2)
+    step = 0
+    for epoch in range(3):
+        for i in range(n_steps):
+            batch = orders[epoch, 20 * i : 20 * (i + 1)]
+            at = np.s_[epoch, i : i + 1]
+            W = nets[1].ops.to_numpy(nets[1].parameters)[: nets[1].architecture.n_weights]
+            assert losses[epoch, i, 1] == pytest.approx(0.5 * alphas[epoch, i] * (W**2).sum(), rel=1e-12)
+            total = one_by_one.run(batch, rates[at], alphas[at], step, lambda n: True)
+            weight = len(batch) if w is None else w[batch].sum()
+            assert losses[epoch, i].sum() == pytest.approx(total / weight, rel=1e-12)
+            step += 1
+    assert error(nets[0].parameters, nets[1].parameters) <= 1e-12
+
+
+def test_several_epochs_that_are_told_to_stop_say_what_they_made(X, y):
+    net = make_net()
+    trainer = training._trainer(net, training._job(net, bp.SGD(), net._take_in(X, y, None), 20, 0))
+    seen = []
+    shape = (400, -(-N // 20))
+    orders = np.tile(np.arange(N), (400, 1))
+    losses = trainer.run_epochs(orders, np.full(shape, 0.1), np.zeros(shape), 0, lambda n: bool(seen.append(n)))
+    if losses is None:
+        pytest.skip(f"{net.backend}'s trainer has no such path")
+    made = np.isfinite(losses).all(axis=2).ravel()
+    assert 0 < made.sum() < made.size
+    assert np.isnan(losses.reshape(-1, 2)[made.sum() :]).all()
+    n_rows = np.tile(np.diff(np.append(np.arange(0, N, 20), N)), 400)
+    assert sum(seen) == n_rows[made].sum()
+
+
+@pytest.mark.parametrize("batch_size", [7, N])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_all_rows_together(batch_size, weighted, X, y):
+    w = np.random.default_rng(1).random(N) if weighted else None
+    net = make_net(dropout=0.3)  # which a gradient has none of
+    job = training._job(net, bp.SGD(), net._take_in(X, y, w), batch_size, 0)
+    gradients, before = net.ops.empty(net.parameters.shape, "float64"), np.array(net.ops.to_numpy(net.parameters))
+    for alpha in (0.0, 0.3):  # the second overwrites the first
+        cost = training._trainer(net, job).gradient(gradients, alpha)
+        if cost is None:
+            pytest.skip(f"{net.backend}'s trainer has no such path")
+        expected = make_net(alpha=alpha).backprop(X, y, sample_weight=w)
+        penalty = 0.5 * alpha * sum((W**2).sum() for W in make_net().W)
+        assert cost == pytest.approx(expected.loss - penalty, rel=1e-12)
+        assert error(gradients, expected.gradients) <= 1e-12
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_run(X, y):
     def run(seed):
         net = make_net(seed=seed, dropout=0.2)
@@ -151,8 +213,6 @@ def test_seed_none_draws_one_and_tells_it(X, y):
 @pytest.fixture
 def orders(monkeypatch):
     """The order of the rows in every epoch of a fit, as its trainer is given it."""
-    from backprop_gpu import training
-
     seen, make = [], training._trainer
 
     def spied(*arguments):

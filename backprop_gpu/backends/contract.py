@@ -82,6 +82,8 @@ class TrainingJob:
     """Key of the dropout masks."""
     steps_before: int
     """Updates that the network had before this run: dropout counts its steps on from there, the optimizer from 0."""
+    tune: bool = False
+    """Measure the ways that the backend has, first, and take the fastest."""
 
 
 class Trainer(ABC):
@@ -104,6 +106,29 @@ class Trainer(ABC):
         more whole mini-batches, and stops early when it returns False; where that sum is no longer finite, it may stop
         at once.
         """
+
+    def run_epochs(
+        self,
+        orders: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> npt.NDArray[np.float64] | None:
+        """`run` for each row of `orders` in turn, or None, and nothing done, where this trainer has no such path.
+
+        Without one, the caller composes it of `run`. orders : (n_epochs, n_rows); learning_rates, alphas :
+        (n_epochs, n_steps). Returns (n_epochs, n_steps, 2): C of each step without the penalty, and the penalty
+        ½ alpha Σ W²; NaN for the steps that were not made.
+        """
+        return None
+
+    def gradient(self, gradients: Array, alpha: float) -> float | None:
+        """C over all rows of the job together, without the penalty; or None, and nothing done, where there is no path.
+
+        ∂C/∂W + alpha W and ∂C/∂b overwrite `gradients`, (n_parameters,). No dropout, and no update.
+        """
+        return None
 
 
 class Backend(ABC):
@@ -134,6 +159,14 @@ class Backend(ABC):
     @abstractmethod
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """`x` on the host; it may be `x` itself, so copy before changing it."""
+
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array that lies where this backend computes, and should not come to the host on its way.
+
+        Such rows are trained on and predicted as they are, and probabilities are of the same kind. False where that is
+        the host.
+        """
+        return False
 
     @abstractmethod
     def sum_squares(self, x: Array) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,8 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import cpu_plan
 from backprop_gpu.backends import threads as threading
 from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob
-from backprop_gpu.backends.cpu_step import StepTrainer, plain, shares
+from backprop_gpu.backends.cpu_step import StepTrainer, plain
+from backprop_gpu.backends.minibatches import shares
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
@@ -38,6 +40,20 @@ def _flat(x: Array) -> Array:
     return plain(x).reshape(-1)
 
 
+FEW_PRODUCTS = 1 << 20
+"""Rows times weights of a forward pass that is over in less time than packing the weights and a compiled pass take."""
+
+OUTPUTS_PER_THREAD = 1 << 16
+"""Entries of the output layer that take as long as a thread takes to start."""
+
+
+@lru_cache(maxsize=32)
+def _for_inference(architecture: Architecture, plan: cpu_plan.Plan, dtype: str) -> tuple[cpu_plan.Layout, Array]:
+    """Layout and record, which take longer to write down than a small network takes for its pass."""
+    layout = cpu_plan.Layout(architecture, plan, 0, dtype)
+    return layout, layout.record(architecture)
+
+
 class CpuBackend(NumpyBackend):
     """Compiled by Numba; runs wherever Numba does."""
 
@@ -47,16 +63,26 @@ class CpuBackend(NumpyBackend):
         """Whole compiled steps, for every job."""
         return StepTrainer(job)
 
-    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array:
-        """z of the output layer, a tile of rows at a time through all layers while it is in cache."""
+    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array | None:
+        """z of the output layer, a tile of rows at a time through all layers while it is in cache.
+
+        None for few rows: the five operations take them from the weights where they lie.
+        """
+        if len(X) * architecture.n_weights <= FEW_PRODUCTS:
+            return None
         z = np.empty((len(X), architecture.layer_sizes[-1]), X.dtype)
         plan = cpu_plan.for_inference(architecture, len(X), X.dtype.name, threading.available())
-        layout = cpu_plan.Layout(architecture, plan, len(X), X.dtype.name)
-        record, memory = layout.record(architecture), layout.memory()
+        layout, record = _for_inference(architecture, plan, X.dtype.name)
+        memory = layout.memory()
         step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
         x, flat = plain(X), _flat(z)
         threading.run(plan.n_threads, lambda thread: step.infer(thread, record, layout.layers, x, memory, flat))
         return z
+
+    def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
+        sigma, n_columns, x, flat = output_delta.SIGMAS[output_activation], z.shape[1], _flat(z), _flat(a)
+        n_threads = min(threading.available(), max(1, z.size // OUTPUTS_PER_THREAD))
+        threading.run(n_threads, lambda t: operations.output_forward_of_rows(t, n_threads, sigma, x, n_columns, flat))
 
     def _dense_forward(
         self,
@@ -88,7 +114,7 @@ class CpuBackend(NumpyBackend):
         delta: Array,
     ) -> float:
         n = len(z)
-        share, _ = shares(np.arange(n), sample_weight, n)
+        share, _ = shares(np.arange(n), sample_weight, np.array([0, n]))
         labels = target if target.ndim == 1 else np.empty(0, np.int32)
         values = target if target.ndim == 2 else np.empty((0, 0), z.dtype)
         batches = Batches(values, plain(labels), plain(values), np.arange(n), share)

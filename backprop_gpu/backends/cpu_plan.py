@@ -37,6 +37,9 @@ TILE_ROWS = 128
 SPLIT_ROWS_BYTES = 128 << 10
 """A gradient up to this size is summed by each thread for itself."""
 
+PRODUCTS_PER_THREAD = 1 << 21
+"""Multiply-adds that take as long as a thread takes to start: 70 µs."""
+
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
 
 
@@ -52,8 +55,9 @@ class Plan:
 
 
 def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: int) -> Plan:
-    """The plan for a forward pass: every thread takes its own tiles."""
-    plan = for_training(architecture, n_rows, dtype, threads)
+    """The plan for a forward pass: every thread takes its own tiles, of work that is worth starting it."""
+    worth = max(1, n_rows * architecture.n_weights // PRODUCTS_PER_THREAD)
+    plan = for_training(architecture, n_rows, dtype, min(threads, worth))
     return Plan(plan.n_threads, plan.tile_rows, split_rows=True)
 
 
@@ -140,13 +144,12 @@ class Layout:
         self,
         architecture: Architecture,
         optimizer: Optimizer | None = None,
-        batch_size: int = 0,
         seed: int = 0,
     ) -> Record:
         """The PLAN record; a forward pass needs no optimizer."""
         plan = self.plan
         record = np.zeros(1, PLAN)
-        record["n_layers"], record["n_threads"], record["batch_size"] = len(self.layers), plan.n_threads, batch_size
+        record["n_layers"], record["n_threads"] = len(self.layers), plan.n_threads
         record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
         record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
         record["tile_stride"], record["tile_span"] = self.tile_stride, self._span(self.n_scratch)

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
+from backprop_gpu.backends.minibatches import shares, starts_of
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
 
-__all__ = ["StepTrainer", "plain", "shares"]
+__all__ = ["StepTrainer", "plain"]
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +36,7 @@ class StepTrainer(Trainer):
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.n_threads = 0
+        self.steps_per_call = 4
         self.settings = update.settings(job.optimizer)
 
     def run(
@@ -46,24 +48,92 @@ class StepTrainer(Trainer):
         after_step: AfterStep,
     ) -> float:
         """See `Trainer.run`."""
+        starts = starts_of(order.size, self.job.batch_size)
+        made, totals = self._train(order, starts, learning_rates, alphas, first_step, after_step)
+        return float((made.sum(axis=1) * totals[: len(made)]).sum())
+
+    def run_epochs(
+        self,
+        orders: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> npt.NDArray[np.float64]:
+        """See `Trainer.run_epochs`: one run, of mini-batches that end where an epoch does."""
+        n_epochs, n_rows = orders.shape
+        first_rows = n_rows * np.arange(n_epochs)[:, None] + starts_of(n_rows, self.job.batch_size)[:-1]
+        starts = np.append(first_rows, orders.size)
+        made, _ = self._train(orders.ravel(), starts, learning_rates.ravel(), alphas.ravel(), first_step, after_step)
+        losses = np.full((*learning_rates.shape, 2), np.nan)
+        losses.reshape(-1, 2)[: len(made)] = made
+        return losses
+
+    def _train(
+        self,
+        order: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        learning_rates: npt.NDArray[np.float64],
+        alphas: npt.NDArray[np.float64],
+        first_step: int,
+        after_step: AfterStep,
+    ) -> tuple[Array, Array]:
+        """A step for each mini-batch order[starts[s] : starts[s + 1]].
+
+        Returns (C without the penalty, the penalty) of each step made, and the total weight of every mini-batch.
+        """
         self._prepare(threads.available())
-        share, weights = shares(order, self.job.sample_weight, self.job.batch_size)
-        self._load()
-        total, done, most = 0.0, 0, self._most_steps_per_call()
-        n_steps = min(most, 4)
+        share, totals = shares(order, self.job.sample_weight, starts)
+        self._pack(self._vectors())
+        done, losses, most = 0, [np.empty((0, 2))], self._most_steps_per_call()
         while done < len(learning_rates):
-            steps = slice(done, min(done + n_steps, len(learning_rates)))
-            rows = slice(steps.start * self.job.batch_size, steps.stop * self.job.batch_size)
+            steps = slice(done, min(done + min(most, self.steps_per_call), len(learning_rates)))
+            rows = slice(starts[steps.start], starts[steps.stop])
             start = time.perf_counter()
-            losses = self._steps(order[rows], share[rows], learning_rates[steps], alphas[steps], first_step + done)
-            seconds = time.perf_counter() - start
-            total += float(np.dot(losses, weights[steps]))
+            losses.append(
+                self._steps(
+                    self._batches(order[rows], share[rows]),
+                    starts[steps.start : steps.stop + 1] - rows.start,
+                    learning_rates[steps],
+                    alphas[steps],
+                    first_step + done,
+                    self.record,
+                    self.layers,
+                )
+            )
+            self._note_speed((steps.stop - done) / (time.perf_counter() - start))
             done = steps.stop
-            if not (np.isfinite(total) and after_step(len(order[rows]))):
+            if not (np.isfinite(losses[-1]).all() and after_step(int(rows.stop - rows.start))):
                 break
-            n_steps = min(most, max(1, min(4 * n_steps, int(n_steps * SECONDS_PER_CALL / seconds))))
-        self._store()
-        return total
+        self._unpack(self._vectors())
+        return np.concatenate(losses), totals
+
+    def _note_speed(self, steps_per_second: float) -> None:
+        """By which the next call, of this run or the next, takes its time."""
+        fitting = int(steps_per_second * SECONDS_PER_CALL)
+        self.steps_per_call = max(1, min(4 * self.steps_per_call, fitting))
+
+    def gradient(self, gradients: Array, alpha: float) -> float:
+        """See `Trainer.gradient`: steps that add to the first slot's memory, where another trainer's would update."""
+        job, n_rows = self.job, len(self.job.rows)
+        self._prepare(threads.available())
+        record, layers = self.record.copy(), self.layers.copy()
+        record["optimizer"], record["clip_norm"], layers["dropout"] = update.SUM, np.inf, 0
+        order, starts = np.arange(n_rows), starts_of(n_rows, job.batch_size)
+        share, _ = shares(order, job.sample_weight, np.array([0, n_rows]))  # of the mean over all rows
+        alphas = np.zeros(len(starts) - 1)
+        alphas[-1] = alpha
+        self._pack([(job.parameters, self.memory.parameters)])
+        self.memory.slot_1[...] = 0
+        cost, most = 0.0, self._most_steps_per_call()
+        for first in range(0, len(alphas), most):
+            steps = slice(first, min(first + most, len(alphas)))
+            rows = slice(starts[steps.start], starts[steps.stop])
+            batches = self._batches(order[rows], share[rows])
+            some = starts[steps.start : steps.stop + 1] - rows.start
+            cost += float(self._steps(batches, some, alphas[steps], alphas[steps], 0, record, layers)[:, 0].sum())
+        self._unpack([(gradients, self.memory.slot_1)])
+        return cost
 
     def _prepare(self, n_threads: int) -> None:
         """Plan and memory for so many threads, kept until their number changes."""
@@ -74,7 +144,7 @@ class StepTrainer(Trainer):
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
         self.layers = layout.layers
         self.packers = self.plan.n_threads if layout.n_parameters >= PARAMETERS_FOR_A_TEAM else 1
-        self.record = layout.record(job.architecture, job.optimizer, job.batch_size, job.seed)
+        self.record = layout.record(job.architecture, job.optimizer, job.seed)
         self.memory = layout.memory(len(job.optimizer.slots), training=True)
 
     def _most_steps_per_call(self) -> int:
@@ -83,19 +153,28 @@ class StepTrainer(Trainer):
         bytes_per_step = self.job.batch_size * self.job.rows.shape[1] * self.record.dtype.itemsize
         return max(1, BYTES_PER_CALL // bytes_per_step)
 
-    def _steps(self, order: Array, share: Array, learning_rates: Array, alphas: Array, first_step: int) -> Array:
-        """C of each step."""
+    def _steps(
+        self,
+        batches: Batches,
+        starts: Array,
+        learning_rates: Array,
+        alphas: Array,
+        first_step: int,
+        record: Array,
+        layers: Array,
+    ) -> npt.NDArray[np.float64]:
+        """(n_steps, 2): C of each step without the penalty, and the penalty."""
         job, plan = self.job, self.plan
-        batches = self._batches(order, share)
-        losses = np.zeros((plan.n_threads, len(learning_rates)))
+        losses = np.zeros((plan.n_threads, len(learning_rates), 2))
         barrier = barriers.new()
 
         def work(thread: int) -> None:
             step.train(
                 thread,
-                self.record,
-                self.layers,
+                record,
+                layers,
                 batches,
+                starts,
                 self.memory,
                 barrier,
                 self.settings,
@@ -107,7 +186,7 @@ class StepTrainer(Trainer):
             )
 
         threads.run(plan.n_threads, work, lambda: barriers.stop(barrier))
-        total: Array = losses.sum(axis=0)
+        total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 
     def _batches(self, order: Array, share: Array) -> Batches:
@@ -119,25 +198,26 @@ class StepTrainer(Trainer):
         values = target if target.ndim == 2 else np.empty((0, 0), self.job.dtype)
         return Batches(plain(x), plain(labels), plain(values), plain(order), share)
 
-    def _load(self) -> None:
-        vectors = [(plain(flat), packed) for flat, packed in self._vectors()]
+    def _pack(self, vectors: list[tuple[Array, Array]]) -> None:
+        """Flat vectors, the parameters among them, into their packed form; and Wᵀ."""
+        aligned = [(plain(flat), packed) for flat, packed in vectors]
 
         def pack(thread: int) -> None:
-            for flat, packed in vectors:
+            for flat, packed in aligned:
                 step.load(thread, self.packers, self.layers, flat, packed)
 
         threads.run(self.packers, pack)
         threads.run(self.packers, lambda thread: step.transpose(thread, self.packers, self.layers, self.memory))
 
-    def _store(self) -> None:
-        vectors = [(flat, plain(flat), packed) for flat, packed in self._vectors()]
+    def _unpack(self, vectors: list[tuple[Array, Array]]) -> None:
+        aligned = [(plain(flat), packed) for flat, packed in vectors]
 
         def unpack(thread: int) -> None:
-            for _, flat, packed in vectors:
+            for flat, packed in aligned:
                 step.store(thread, self.packers, self.layers, packed, flat)
 
         threads.run(self.packers, unpack)
-        for flat, unpacked, _ in vectors:
+        for (flat, _), (unpacked, _) in zip(vectors, aligned, strict=True):
             if not np.shares_memory(flat, unpacked):  # an array that is not aligned
                 flat[...] = unpacked
 
@@ -146,14 +226,6 @@ class StepTrainer(Trainer):
         slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
         packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
         return list(zip((self.job.parameters, *slots), packed, strict=False))
-
-
-def shares(order: Array, sample_weight: Array | None, batch_size: int) -> tuple[Array, Array]:
-    """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
-    w = np.ones(len(order)) if sample_weight is None else sample_weight[order].astype(np.float64)
-    totals = np.add.reduceat(w, np.arange(0, len(order), batch_size))
-    of_row = np.repeat(totals, batch_size)[: len(order)]
-    return np.divide(w, of_row, out=w, where=of_row != 0), totals
 
 
 def plain(x: Array) -> Array:

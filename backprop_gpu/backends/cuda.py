@@ -126,7 +126,7 @@ class CudaBackend(Backend):
         """An array of another library, by its interface, or from the host."""
         if hasattr(x, "__cuda_array_interface__"):
             return self.cp.asarray(x)
-        if hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == DLPACK_CUDA:
+        if _dlpack_device(x) == DLPACK_CUDA:
             return self.cp.from_dlpack(x)
         host = np.asarray(x, dtype)
         return self.cp.asarray(np.ascontiguousarray(host, host.dtype.newbyteorder("=")))
@@ -141,8 +141,12 @@ class CudaBackend(Backend):
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """A copy of `x` on the host."""
-        copy: npt.NDArray[Any] = self.cp.asnumpy(x)
+        copy: npt.NDArray[Any] = self.cp.asnumpy(self.asarray(x) if self.owns(x) else x)
         return copy
+
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array on the GPU, of whatever library."""
+        return hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) == DLPACK_CUDA
 
     def sum_squares(self, x: Array) -> Array:
         """Σ x², in float64, as an array without dimensions."""
@@ -266,6 +270,10 @@ class CudaBackend(Backend):
             losses=cp.zeros((1,), "float64"),
             scratch=kernels.scratch(n_blocks),
         )()
+
+
+def _dlpack_device(x: Any) -> int | None:
+    return int(x.__dlpack_device__()[0]) if hasattr(x, "__dlpack_device__") else None
 
 
 DLPACK_CUDA = 2

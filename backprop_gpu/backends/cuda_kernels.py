@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,8 @@ STEP_NUMBERS = ("learning_rate", "alpha", "correction_1", "correction_2", "epsil
 NULL = np.uintp(0)
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     """A kernel with all that it is launched with."""
 
     kernel: Any
@@ -88,6 +90,7 @@ class Kernels:
         sources = sorted([*self.folder.glob("*.cu"), *self.folder.glob("*.cuh")])
         self.digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         self._functions: dict[tuple[int, str], Any] = {}
+        self._n_processors: dict[int, int] = {}
 
     def function(self, file: str, expression: str, shared_bytes: int = 0) -> Any:
         """The kernel of that name from kernels/cuda/, compiled for the current device."""
@@ -107,7 +110,10 @@ class Kernels:
     @property
     def n_processors(self) -> int:
         """Streaming multiprocessors of the current device."""
-        return int(self.cp.cuda.Device().attributes["MultiProcessorCount"])
+        device = self.cp.cuda.Device()
+        if device.id not in self._n_processors:  # CuPy asks the driver for all attributes of a device each time
+            self._n_processors[device.id] = int(device.attributes["MultiProcessorCount"])
+        return self._n_processors[device.id]
 
     def scratch(self, n_blocks: int) -> tuple[Array, Array]:
         """(of_block, ticket) for a sum over so many blocks; launches that may run at once need one each."""
@@ -127,10 +133,11 @@ class Kernels:
         steps_done: Array | None = None,
         *,
         dtype: str,
+        tile: Tile | None = None,
     ) -> Launch:
         """a = σ(z), z = a_prev W + b; `steps_done` is a counter on the device that is added to the dropout's step."""
         (n_rows, n_in), n_out = a_prev.shape, W.shape[1]
-        tile = cuda_plan.tile(n_rows, n_out, n_in, dtype, self.n_processors)
+        tile = tile or cuda_plan.tile(n_rows, n_out, n_in, dtype, self.n_processors)
         name = self._product("dense_forward", tile, a_prev, W, _number(a, dtype), struct_of(sigma), dropout)
         arguments = (a_prev, W, b, a, _or_null(z), *_sizes(n_rows, n_in, n_out), *_dropout(dropout, steps_done))
         return self._launch_product("dense_forward", name, tile, (n_rows, n_out), arguments)
@@ -146,10 +153,11 @@ class Kernels:
         steps_done: Array | None = None,
         *,
         dtype: str,
+        tile: Tile | None = None,
     ) -> Launch:
         """delta = (delta_next W_nextᵀ) ⊙ σ′."""
         (n_rows, n_next), n_out = delta_next.shape, W_next.shape[0]
-        tile = cuda_plan.tile(n_rows, n_out, n_next, dtype, self.n_processors)
+        tile = tile or cuda_plan.tile(n_rows, n_out, n_next, dtype, self.n_processors)
         number = _number(delta, dtype)
         name = self._product("dense_backward", tile, delta_next, W_next, number, struct_of(sigma), dropout)
         sizes = _sizes(n_rows, n_next, n_out)
@@ -184,6 +192,61 @@ class Kernels:
         shared_bytes = tile.shared_bytes(LAYOUTS[operation])
         function = self.function(f"{operation}.cu", name, shared_bytes)
         return Launch(function, grid, tile.threads, arguments, shared_bytes)
+
+    # The same after a product that is there
+
+    def dense_forward_pass(
+        self,
+        product: Array,
+        b: Array,
+        a: Array,
+        z: Array | None,
+        sigma: str,
+        dropout: Dropout | None,
+        steps_done: Array,
+        *,
+        dtype: str,
+    ) -> Launch:
+        """a = σ(z), z = product + b."""
+        arguments = (product, b, a, _or_null(z), *_sizes(*product.shape), *_dropout(dropout, steps_done))
+        return self._launch_pass("dense_forward", sigma, _number(a, dtype), dropout, product, arguments)
+
+    def dense_backward_pass(
+        self,
+        product: Array,
+        kept: Array,
+        delta: Array,
+        sigma: str,
+        dropout: Dropout | None,
+        steps_done: Array,
+        *,
+        dtype: str,
+    ) -> Launch:
+        """delta = product ⊙ σ′."""
+        arguments = (product, kept, delta, *_sizes(*product.shape), *_dropout(dropout, steps_done))
+        return self._launch_pass("dense_backward", sigma, _number(delta, dtype), dropout, product, arguments)
+
+    def _launch_pass(
+        self,
+        operation: str,
+        sigma: str,
+        output: str,
+        dropout: Dropout | None,
+        product: Array,
+        arguments: tuple[Any, ...],
+    ) -> Launch:
+        has_dropout = "false" if dropout is None else "true"
+        name = f"{operation}_pass<{struct_of(sigma)}, {_number(product)}, {output}, {has_dropout}>"
+        n_rows, n_out = product.shape
+        n_blocks = blocks_of(n_rows * blocks_of(n_out, 4), THREADS)
+        return Launch(self.function(f"{operation}.cu", name), (n_blocks,), THREADS, arguments)
+
+    def bias_gradients(self, delta: Array, db: Array, parts: Parts, *, dtype: str) -> Launch:
+        """db (n_parts, n_out): each part sums over its own rows."""
+        n_rows, n_out = delta.shape
+        function = self.function("dense_gradients.cu", f"bias_gradients<{_number(delta, dtype)}>")
+        grid = (blocks_of(n_out, THREADS), parts.n_parts)
+        return Launch(function, grid, THREADS, (delta, db, *_sizes(n_rows, n_out, parts.rows_per_part)))
 
     # The output layer
 

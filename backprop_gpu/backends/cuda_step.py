@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, T
 from backprop_gpu.backends.cuda_data import data_of
 from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
+from backprop_gpu.backends.cuda_products import Launchable, Products
+from backprop_gpu.backends.minibatches import shares, starts_of
 
 __all__ = ["StepTrainer"]
 
@@ -39,13 +41,14 @@ class StepTrainer(Trainer):
 
     def __init__(self, job: TrainingJob, kernels: Kernels) -> None:
         self.job, self.kernels, self.cp = job, kernels, kernels.cp
-        self.stream = self.cp.cuda.Stream(non_blocking=True)
+        self.stream, self.beside = (self.cp.cuda.Stream(non_blocking=True) for _ in range(2))
         self.graphs: dict[tuple[int, int], Any] = {}
-        self.captured: list[Launch] = []
-        """Whose arrays the graphs need as long as they live."""
+        self.steps: dict[int, Step] = {}
+        """By rows of a mini-batch. Graphs replay addresses, so what they were captured from lives as long as they."""
         self.tables = Tables(job, self.cp, 0)
         with self._memory_told(), self._ordered():
-            self.buffers = Buffers(job, kernels)
+            products = Products(kernels, job.dtype, job.tune, (self.stream, self.beside))
+            self.buffers = Buffers(job, kernels, products)
             self.data = data_of(job, self.cp)
 
     def run(
@@ -57,7 +60,7 @@ class StepTrainer(Trainer):
         after_step: AfterStep,
     ) -> float:
         """See `Trainer.run`."""
-        share, weights = shares(order, self.job.sample_weight, self.job.batch_size)
+        share, weights = shares(order, self.job.sample_weight, starts_of(len(order), self.job.batch_size))
         numbers = step_numbers(self.job.optimizer, learning_rates, alphas, first_step)
         with self._memory_told(), self._ordered():
             self._make_room(len(numbers))
@@ -92,20 +95,23 @@ class StepTrainer(Trainer):
     def _graph(self, n_steps: int, n_rows: int) -> Any:
         key = (n_steps, n_rows)
         if key not in self.graphs:
-            launches = self.buffers.step(n_rows, self.tables, self.data.rows)  # which compiles: a capture must not
+            step = self._step(n_rows)  # which compiles and allocates: a capture must not
             self.stream.begin_capture()
             for _ in range(n_steps):
-                for launch in launches:
-                    launch()
+                step(self.stream, self.beside)
             self.graphs[key] = self.stream.end_capture()
-            self.captured += launches
         return self.graphs[key]
+
+    def _step(self, n_rows: int) -> Step:
+        if n_rows not in self.steps:
+            self.steps[n_rows] = self.buffers.step(n_rows, self.tables, self.data.rows)
+        return self.steps[n_rows]
 
     def _make_room(self, n_steps: int) -> None:
         """Tables for so many steps; graphs hold the addresses of the ones that they were captured with."""
         if n_steps > self.tables.n_steps:
             self.graphs.clear()
-            self.captured.clear()
+            self.steps.clear()
             self.tables = Tables(self.job, self.cp, n_steps)
 
     @contextmanager
@@ -133,19 +139,6 @@ class StepTrainer(Trainer):
             ) from error
 
 
-def shares(
-    order: npt.NDArray[np.int64], sample_weight: npt.NDArray[Any] | None, batch_size: int
-) -> tuple[npt.NDArray[np.float64] | None, npt.NDArray[np.float64]]:
-    """The part of each row in the mean over its mini-batch, None where all are equal, and each mini-batch's weight."""
-    starts = np.arange(0, len(order), batch_size)
-    if sample_weight is None:
-        return None, np.minimum(batch_size, len(order) - starts).astype(np.float64)
-    w = sample_weight[order].astype(np.float64)
-    totals = np.add.reduceat(w, starts)
-    of_row = np.repeat(totals, batch_size)[: len(order)]
-    return np.divide(w, of_row, out=w, where=of_row != 0), totals
-
-
 class Tables:
     """What the host tells the device for one `run` of up to n_steps steps, and hears back."""
 
@@ -161,7 +154,7 @@ class Tables:
         self,
         numbers: npt.NDArray[np.float64],
         order: npt.NDArray[np.int64],
-        share: npt.NDArray[np.float64] | None,
+        share: npt.NDArray[np.float64],
         updates_before: int,
     ) -> None:
         """Everything but the places of the rows, which the data knows."""
@@ -172,11 +165,35 @@ class Tables:
             self.share[: len(order)].set(share)
 
 
+class Step(NamedTuple):
+    """The launches of one step, in their order."""
+
+    forward: list[Launchable]
+    """The rows of the mini-batch, every layer, the loss and δ of the output layer."""
+    backward: list[tuple[Launchable, Launchable | None]]
+    """From the output layer on: a layer's dW and db, and δ of the layer below; neither needs the other."""
+    update: list[Launchable]
+
+    def __call__(self, stream: Any, beside: Any) -> None:
+        """On `stream`, the current one; the gradients on the stream `beside` it, while δ goes on down the layers."""
+        for launch in self.forward:
+            launch()
+        for gradients, delta in self.backward:
+            beside.wait_event(stream.record())
+            with beside:
+                gradients()
+            if delta is not None:
+                delta()
+        stream.wait_event(beside.record())
+        for launch in self.update:
+            launch()
+
+
 class Buffers:
     """All arrays that a step works in, for mini-batches of up to batch_size rows, and the launches of a step."""
 
-    def __init__(self, job: TrainingJob, kernels: Kernels) -> None:
-        self.job, self.kernels = job, kernels
+    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products) -> None:
+        self.job, self.kernels, self.products = job, kernels, products
         cp, sizes, N, dtype = kernels.cp, job.architecture.layer_sizes, job.batch_size, job.parameters.dtype
         operand = NUMBERS[job.dtype].array
         self.a = [cp.empty((N, n), operand) for n in sizes[:-1]]  # a[0] is X
@@ -191,6 +208,9 @@ class Buffers:
         self.W, _ = job.architecture.views(job.parameters if self.copy is None else self.copy)
         _, self.b = job.architecture.views(job.parameters)
         self.loss_scale = cp.asarray(np.array([FIRST_LOSS_SCALE, 0.0])) if job.dtype == "float16" else None
+        if products.tuning is not None:
+            for buffer in (*self.a, *self.delta, *(z for z in self.z if z is not None)):
+                products.tuning.fill(buffer, job.dtype)
         # Clipping, and leaving a step out, need the whole gradient before the first parameter changes.
         self.whole_gradient = job.optimizer.clip_norm is not None or self.loss_scale is not None
         self.gradients = cp.empty(job.parameters.shape, dtype) if self.whole_gradient else None
@@ -207,26 +227,25 @@ class Buffers:
         of_rows = 3 * job.batch_size * sum(job.architecture.layer_sizes)
         return int((of_rows + 4 * job.architecture.n_parameters) * job.parameters.dtype.itemsize)
 
-    def step(self, n_rows: int, tables: Tables, rows: Array) -> list[Launch]:
-        """The launches of a step with n_rows rows, in order: 3 L + 2, and one more to clip or to scale gradients."""
+    def step(self, n_rows: int, tables: Tables, rows: Array) -> Step:
+        """The launches of a step with n_rows rows: 3 L + 2, and one more to clip or to scale gradients."""
         a, delta = [x[:n_rows] for x in self.a], [x[:n_rows] for x in self.delta]
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
-        gradients = Gradients(self.job, self.kernels, n_rows)
-        launches = [
-            self.kernels.gather(
-                rows, tables.row_order, tables.counters, a[0], self.job.batch_size, dtype=self.job.dtype
-            )
-        ]
-        launches += self._forward(a, z, z_out, tables)
-        launches.append(self._output_delta(z_out, delta[-1], tables))
-        for layer in reversed(range(self.job.architecture.n_layers)):
-            launches.append(gradients.of_layer(layer, a[layer], delta[layer]))
-            if layer:
-                launches.append(self._backward(layer, a, z, delta, tables))
-        return launches + self._update(gradients, tables)
+        place = (tables.row_order, tables.counters, a[0], self.job.batch_size)
+        gather = self.kernels.gather(rows, *place, dtype=self.job.dtype)
+        gradients = Gradients(self.job, self.kernels, self.products, n_rows)
+        layers = reversed(range(self.job.architecture.n_layers))
+        return Step(
+            [gather, *self._forward(a, z, z_out, tables), self._output_delta(z_out, delta[-1], tables)],
+            [
+                (gradients.of_layer(i, a[i], delta[i]), self._backward(i, a, z, delta, tables) if i else None)
+                for i in layers
+            ],
+            self._update(gradients, tables),
+        )
 
-    def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launch]:
-        forward = self.kernels.dense_forward
+    def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launchable]:
+        forward = self.products.forward
         hidden = [
             forward(
                 a[layer],
@@ -237,19 +256,17 @@ class Buffers:
                 self._sigma(layer),
                 self._dropout(layer),
                 tables.counters[1:],
-                dtype=self.job.dtype,
             )
             for layer in range(len(z))
         ]
-        output = forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None, dtype=self.job.dtype)
-        return [*hidden, output]
+        return [*hidden, forward(a[-1], self.W[-1], self.b[-1], z_out, None, "identity", None, tables.counters[1:])]
 
     def _backward(
         self, layer: int, a: list[Array], z: list[Array | None], delta: list[Array], tables: Tables
-    ) -> Launch:
+    ) -> Launchable:
         """δ of the layer below `layer`."""
         below = layer - 1
-        return self.kernels.dense_backward(
+        return self.products.backward(
             delta[layer],
             self.W[layer],
             a[layer] if z[below] is None else z[below],
@@ -257,7 +274,6 @@ class Buffers:
             self._sigma(below),
             self._dropout(below),
             tables.counters[1:],
-            dtype=self.job.dtype,
         )
 
     def _sigma(self, layer: int) -> str:
@@ -285,7 +301,7 @@ class Buffers:
             scratch=self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape)),
         )
 
-    def _update(self, gradients: Gradients, tables: Tables) -> list[Launch]:
+    def _update(self, gradients: Gradients, tables: Tables) -> list[Launchable]:
         """The pass of the optimizer, after the one that clips, if there is one."""
         job, n_blocks = self.job, gradients.n_blocks
         parts, table, launches = gradients.parts, gradients.table, []
@@ -327,8 +343,8 @@ class Buffers:
 class Gradients:
     """The gradients of a step in parts, those of W[l] and of b[l] each by themselves, as the flat vector has them."""
 
-    def __init__(self, job: TrainingJob, kernels: Kernels, n_rows: int) -> None:
-        self.kernels = kernels
+    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products, n_rows: int) -> None:
+        self.products = products
         shapes, dtype = list(pairwise(job.architecture.layer_sizes)), job.parameters.dtype
         self.plans = [cuda_plan.parts(n_rows, *shape, job.dtype, kernels.n_processors) for shape in shapes]
         n_parts = [plan.n_parts for plan in self.plans]
@@ -342,12 +358,12 @@ class Gradients:
         self.table_of_whole = kernels.cp.asarray(stretches(whole, 1))
         self.n_blocks = kernels.parameter_blocks(counts)
 
-    def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launch:
+    def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launchable:
         """dense_gradients of that layer, into its parts."""
         plan, n_in, n_out = self.plans[layer], a_prev.shape[1], delta.shape[1]
         dW = self._view(layer, plan.n_parts * n_in * n_out).reshape(plan.n_parts, n_in, n_out)
         db = self._view(layer + len(self.plans), plan.n_parts * n_out).reshape(plan.n_parts, n_out)
-        return self.kernels.dense_gradients(a_prev, delta, dW, db, plan)
+        return self.products.gradients(a_prev, delta, dW, db, plan)
 
     def _view(self, stretch: int, count: int) -> Array:
         return self.parts[self.begins[stretch] : self.begins[stretch] + count]

@@ -28,12 +28,9 @@ class Ours(Contender):
         self.backend, self.label = backend, f"backprop_gpu, {backend}"
 
     def missing(self) -> str | None:
-        """Why the backend does not work here, or None."""
-        try:
-            bp.get_backend(self.backend)
-        except RuntimeError as reason:
-            return str(reason)
-        return None
+        """Why the backend does not work here, or is only simulated; or None."""
+        status = next(status for status in bp.backends() if status.name == self.backend)
+        return None if status.automatic else str(status)
 
     def training(self, case: Case) -> Variants:
         """The trainer, as `fit` uses it."""

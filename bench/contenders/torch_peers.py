@@ -162,7 +162,7 @@ def _model(case: Case) -> Any:
 
 
 def _parameters(model: Any) -> Parameters:
-    values = [np.array(p.detach().cpu()) for p in model.parameters()]
+    values = [p.detach().cpu().numpy().copy() for p in model.parameters()]
     return [np.array(W.T) for W in values[::2]], values[1::2]
 
 

@@ -16,10 +16,10 @@ struct ColumnSums {
 
     __device__ __forceinline__ void operator()(const typename Math::Input* tile) {
         const int column = threadIdx.x % Math::N, group = threadIdx.x / Math::N;
-        if (!wanted || group >= GROUPS) return;
+        if (!wanted || (Math::THREADS / Math::N > GROUPS && group >= GROUPS)) return;
 #pragma unroll
         for (int k = 0; k < Math::K; k += GROUPS) {
-            if (k + group < Math::K) sum += widen(tile[(k + group) * STRIDE + column]);
+            if (Math::K % GROUPS == 0 || k + group < Math::K) sum += widen(tile[(k + group) * STRIDE + column]);
         }
     }
 
@@ -65,4 +65,18 @@ __global__ void __launch_bounds__(Math::THREADS)
     product.for_each_quad(n_in, n_out, row0, column0, shared, [&](int row, int column, T(&values)[4], int n) {
         store_quad(part + static_cast<long long>(row) * n_out + column, n, fits, values);
     });
+}
+
+// db alone, where cuBLAS makes dW. Grid: (128 columns each, parts of the batch).
+template <class Input>
+__global__ void __launch_bounds__(PASS_THREADS)
+    bias_gradients(const Input* __restrict__ delta,                          // (n_rows, n_out)
+                   Compute<Input>* __restrict__ db,                          // (parts, n_out)
+                   int n_rows, int n_out, int rows_per_part) {
+    const int column = blockIdx.x * PASS_THREADS + threadIdx.x, first = blockIdx.y * rows_per_part;
+    const int end = n_rows - first < rows_per_part ? n_rows : first + rows_per_part;
+    if (column >= n_out) return;
+    Compute<Input> sum = 0;
+    for (int row = first; row < end; ++row) sum += widen(delta[static_cast<long long>(row) * n_out + column]);
+    db[static_cast<long long>(blockIdx.y) * n_out + column] = sum;
 }

@@ -60,6 +60,7 @@ struct PhiloxDropout {
 // Which of the two a kernel takes, from the arguments that it has in either case.
 template <bool DROPOUT>
 struct DropoutOf {
+    typedef NoDropout type;
     static __device__ __forceinline__ NoDropout from(unsigned, double, double, unsigned long long, unsigned, unsigned,
                                                      const unsigned*) {
         return {};
@@ -67,6 +68,7 @@ struct DropoutOf {
 };
 template <>
 struct DropoutOf<true> {
+    typedef PhiloxDropout type;
     // `steps_done`, where there is one, counts the steps of a run on the device: a captured graph's arguments never change.
     static __device__ __forceinline__ PhiloxDropout from(unsigned threshold, double keep, double scale,
                                                          unsigned long long seed, unsigned layer, unsigned step,

@@ -56,12 +56,14 @@ struct OperandTile {
                                                 int column_end) {
         constexpr int SIZE = BYTES / sizeof(T), COPIES = COLUMNS / SIZE;
 #pragma unroll
-        for (int i = threadIdx.x; i < ROWS * COPIES; i += THREADS) {
+        for (int first = 0; first < ROWS * COPIES; first += THREADS) {  // from a constant on: unrolled, without a branch
+            const int i = first + threadIdx.x;
+            if (first + THREADS > ROWS * COPIES && i >= ROWS * COPIES) break;
             const int row = i / COPIES, column = i % COPIES * SIZE;
-            const int left = row0 + row < row_end ? column_end - column0 - column : 0;
-            const int n = left < 0 ? 0 : left < SIZE ? left : SIZE;
-            const T* from = matrix + (n ? static_cast<long long>(row0 + row) * stride + column0 + column : 0);
-            copy_async<BYTES>(tile + row * STRIDE + column, from, n * static_cast<int>(sizeof(T)));
+            // A copy is of all its bytes or of none: where SIZE > 1, rows are of whole copies.
+            const bool exists = row0 + row < row_end && column0 + column < column_end;
+            const T* from = matrix + (exists ? static_cast<long long>(row0 + row) * stride + column0 + column : 0);
+            copy_async<BYTES>(tile + row * STRIDE + column, from, exists ? BYTES : 0);
         }
     }
 };
@@ -272,3 +274,18 @@ struct Simt {
         }
     }
 };
+
+// An epilogue alone, on a product that is there already: n_rows x n_out, four neighbours of a row to a thread.
+constexpr int PASS_THREADS = 128;
+
+template <class T, class Epilogue>
+__device__ __forceinline__ void for_each_quad_of(const T* product, int n_rows, int n_out, Epilogue epilogue) {
+    const int quads = (n_out + 3) / 4;
+    const long long i = static_cast<long long>(blockIdx.x) * PASS_THREADS + threadIdx.x;
+    if (i >= static_cast<long long>(n_rows) * quads) return;
+    const int row = static_cast<int>(i / quads), column = static_cast<int>(i % quads) * 4;
+    const int n = n_out - column < 4 ? n_out - column : 4;
+    T values[4];
+    load_quad(product + static_cast<long long>(row) * n_out + column, n, quads_fit(product, n_out), values);
+    epilogue(row, column, values, n);
+}

@@ -171,7 +171,9 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
         T g[4];
         sum_of_parts(parts, stretch, place, g);
         const T unscale = T(loss_scale ? 1 / loss_scale->scale : 1.0);
-        for (int j = 0; j < place.n; ++j) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (j >= place.n) break;
             g[j] *= unscale;
             if (accumulate) g[j] += gradients[i + j];
             if (stretch.is_weights && alpha != 0) g[j] += T(alpha) * parameters[i + j];

@@ -344,13 +344,13 @@ def switch(
     two-way branch, takes three times as long to compile: each of them is optimised again with all that it calls.
     """
     runs = {name: guarded(run_of, f) if f in EXACT else run_of(f) for name, f in functions.items()}
-    source = [f"def choose(code, {arguments}):", *([f"    prepare({arguments})"] if prepare else [])]
+    source = [f"def choose_{run_of.__name__}(code, {arguments}):", *([f"    prepare({arguments})"] if prepare else [])]
     for name in runs:
         source += [f"    if code == {CODES[name]}:", f"        return {name}({arguments})"]
     source += ["    raise ValueError('no activation has this code')"]
     scope = {**runs, "prepare": prepare}
     exec("\n".join(source), scope)
-    return compiled(scope["choose"])
+    return compiled(scope[f"choose_{run_of.__name__}"])
 
 
 apply = switch(forward_run, FORWARD, "z, z_start, a, a_start, count", prepare=copy)

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, update_wrapper
@@ -43,7 +44,7 @@ from numba.extending import is_jitted
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
 
-__all__ = ["EntryPoint", "compiled", "entry_point"]
+__all__ = ["EntryPoint", "compiled", "entry_point", "named_apart"]
 
 logger = logging.getLogger("backprop_gpu")
 
@@ -53,6 +54,27 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"
 
 compiled = numba.njit(**OPTIONS)
 """Decorator: machine code that releases the GIL, divides by zero as IEEE 754 says, and fuses multiply-adds."""
+
+
+Function = Callable[..., Any]
+
+
+def named_apart(function: Function) -> Function:
+    """`function`, by a qualified name of its own: all closures of one factory have the same.
+
+    The code of several entry points is linked by the names of the functions inside. Numba tells functions of one name
+    apart by a number, which counts up in each process: what two processes have kept may have one name for two
+    functions, and the first that is loaded then serves both. So selu became gelu in networks that had trained well.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    _named[name] += 1
+    if _named[name] > 1:
+        function.__qualname__ += f"_{_named[name]}"
+    return function
+
+
+_named: Counter[str] = Counter()
+"""Functions by name, in the order of import, which is the same in every process."""
 
 
 class EntryPoint:

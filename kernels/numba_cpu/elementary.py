@@ -20,7 +20,7 @@ import numpy as np
 from numba import typeof, types
 from numba.extending import overload, register_jitable
 
-from backprop_gpu.kernels.numba_cpu.compile import OPTIONS
+from backprop_gpu.kernels.numba_cpu.compile import OPTIONS, named_apart
 
 __all__ = [
     "called",
@@ -45,8 +45,14 @@ CALLED: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapp
 
 INLINED = {**CALLED, "forceinline": True}
 
-called = register_jitable(**CALLED)
-"""Decorator: a function for compiled code alone; from Python, it runs as it stands."""
+Function = Callable[..., Any]
+
+
+def called(function: Function) -> Function:
+    """Decorator: a function for compiled code alone; from Python, it runs as it stands."""
+    jitable: Function = register_jitable(**CALLED)(named_apart(function))
+    return jitable
+
 
 inlined = register_jitable(**INLINED)
 """Decorator: likewise, for the inside of a loop, which is not vectorised unless all that it calls is inlined."""
@@ -68,8 +74,6 @@ FORMATS = {
     types.float32: Format(np.float32, np.int32, 32, 23),
     types.float64: Format(np.float64, np.int64, 64, 52),
 }
-
-Function = Callable[..., Any]
 
 
 def for_each_format(build: Callable[[Format], Function]) -> Function:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.gemm import copy_panel
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
 __all__ = ["gather", "gather_run", "pack", "unpack"]
@@ -10,7 +11,11 @@ __all__ = ["gather", "gather_run", "pack", "unpack"]
 
 @compiled
 def copy(source, source_start, target, target_start, count):
-    """A run of elements. Slices, since an index that Numba cannot see to be positive keeps a loop from vectorising."""
+    """A run of elements, a panel's width at most."""
+    if count == panel_width(target):
+        copy_panel(source, source_start, target, target_start)
+        return
+    # Slices, since an index that Numba cannot see to be positive keeps a loop from vectorising.
     a, b = source[source_start : source_start + count], target[target_start : target_start + count]
     for i in range(count):
         b[i] = a[i]
@@ -19,29 +24,26 @@ def copy(source, source_start, target, target_start, count):
 @compiled
 def gather(x, order, first, n_rows, tile, start, stride):
     """Rows order[first], …, order[first + n_rows − 1] of x, (·, n_columns), as the panels of a tile."""
-    panel = panel_width(tile)
+    flat, n_columns = x.reshape(-1), x.shape[1]
     for r in range(n_rows):
-        gather_row(x[order[first + r]], tile, start + r * panel, stride)
+        gather_row(flat, order[first + r] * n_columns, n_columns, tile, start + r * panel_width(tile), stride)
 
 
 @compiled
 def gather_run(x, first, n_rows, tile, start, stride):
     """Rows first, …, first + n_rows − 1 of x as the panels of a tile."""
-    panel = panel_width(tile)
+    flat, n_columns = x.reshape(-1), x.shape[1]
     for r in range(n_rows):
-        gather_row(x[first + r], tile, start + r * panel, stride)
+        gather_row(flat, (first + r) * n_columns, n_columns, tile, start + r * panel_width(tile), stride)
 
 
 @compiled
-def gather_row(row, tile, start, stride):
-    """One row into the panels of a tile, at `start` in the first."""
+def gather_row(x, x_start, n_columns, tile, start, stride):
+    """One row, from x[x_start] on, into the panels of a tile, at `start` in the first."""
     panel = panel_width(tile)
-    n_columns = row.size
-    at = start
-    for column in range(0, n_columns - panel + 1, panel):
-        copy(row, column, tile, at, panel)
-        at += stride
-    copy(row, n_columns - n_columns % panel, tile, at, n_columns % panel)
+    for p in range((n_columns + panel - 1) // panel):
+        column = p * panel
+        copy(x, x_start + column, tile, start + p * stride, min(panel, n_columns - column))
 
 
 @compiled

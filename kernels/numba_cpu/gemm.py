@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
 
-__all__ = ["gemm_nn", "gemm_tn_block", "sum_rows", "transpose_square"]
+__all__ = ["copy_panel", "gemm_nn", "gemm_tn_block", "sum_rows", "transpose_square"]
 
 UNROLL = 4
 """Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
@@ -237,6 +237,22 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
 
     size = types.intp
     return types.void(x, size, sums, size, size, types.boolean), generate
+
+
+@intrinsic
+def copy_panel(typing_context, x, x_start, y, y_start):
+    """One panel's width of elements from x to y, in registers: half the time of a loop that LLVM vectorises."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, x_start, _, y_start = arguments
+        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
+        source, target = (vectors.row(vectors.pointer(*at), 0) for at in ((x, x_start), (y, y_start)))
+        for value, pointer in zip([vectors.load(pointer) for pointer in source], target, strict=True):
+            vectors.store(value, pointer)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, y, types.intp), generate
 
 
 @intrinsic

@@ -17,7 +17,6 @@ PLAN = np.dtype(
     [
         ("n_layers", "i8"),
         ("n_threads", "i8"),
-        ("batch_size", "i8"),
         ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
         ("stride", "i8"),  # from panel to panel of a and δ

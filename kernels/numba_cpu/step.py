@@ -41,24 +41,38 @@ CHUNK_ROWS = 256
 
 @entry_point
 def train(
-    thread, plan, layers, batches, memory, barrier, settings, learning_rates, alphas, first_step, dropout_step, losses
+    thread,
+    plan,
+    layers,
+    batches,
+    starts,
+    memory,
+    barrier,
+    settings,
+    learning_rates,
+    alphas,
+    first_step,
+    dropout_step,
+    losses,
 ):
-    """One thread's part of a step for each of `learning_rates`, over successive mini-batches of `batches.order`.
+    """One thread's part of a step for each of `learning_rates`.
 
-    settings : the optimizer's, see `update`; alphas : the L2 penalty of each step; first_step : number of the first
-    step, from 1; dropout_step : its number for the dropout masks; losses : (n_threads, n_steps), overwritten, where
-    the sum of a column is a step's C, with the penalty. Returns early where the barrier is stopped.
+    starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
+    see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
+    its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
+    step's C without the penalty, and of the penalty. Returns early where the barrier is stopped.
     """
     here, batches, memory = plan[0], borrowed_batches(batches), borrowed_memory(memory)
     for s in range(learning_rates.size):
-        first_row = s * here.batch_size
-        n_rows = min(here.batch_size, batches.order.size - first_row)
-        losses[thread, s] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
-        wait(barrier, here.n_threads)
-        losses[thread, s] += learn(
+        first_row, n_rows = starts[s], starts[s + 1] - starts[s]
+        losses[thread, s, 0] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
+        if not wait(barrier, here.n_threads):
+            return
+        losses[thread, s, 1] = learn(
             thread, here, layers, memory, barrier, settings, n_rows, learning_rates[s], alphas[s], first_step + s
         )
-        wait(barrier, here.n_threads)
+        if not wait(barrier, here.n_threads):
+            return
 
 
 @entry_point

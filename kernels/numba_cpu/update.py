@@ -18,12 +18,15 @@ from backprop_gpu.kernels.numba_cpu.elementary import called, constant, inlined
 from backprop_gpu.kernels.numba_cpu.output_delta import summing
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
-__all__ = ["CODES", "add", "settings", "sum_squares", "update"]
+__all__ = ["CODES", "SUM", "add", "settings", "sum_squares", "update"]
 
 CODES: dict[type[Optimizer], int] = {SGD: 0, Adam: 1, AdamW: 1, RMSprop: 2}
 """The code of every optimizer; Adam is AdamW without decay."""
 
-_SGD, _ADAM = CODES[SGD], CODES[Adam]
+_SGD, _ADAM, _RMSPROP = CODES[SGD], CODES[Adam], CODES[RMSprop]
+
+SUM = 3
+"""The code of none of them: the gradient is added to the first slot, and the parameters stay."""
 
 
 def settings(optimizer: Optimizer) -> npt.NDArray[np.float64]:
@@ -79,8 +82,10 @@ def update(
         sgd(w, g, first, alpha, scale, settings, learning_rate)
     elif optimizer == _ADAM:
         adam(w, g, first, second, alpha, scale, settings, learning_rate, step, biases)
-    else:
+    elif optimizer == _RMSPROP:
         rmsprop(w, g, first, alpha, scale, settings, learning_rate)
+    else:
+        add_gradient(w, g, first, alpha, scale)
 
 
 # The rules
@@ -143,6 +148,13 @@ def rmsprop(w: Any, g: Any, v: Any, alpha: Any, scale: Any, settings: Any, learn
         v_i = mean_square(v[i], x, decay, gain, floor)
         v[i] = v_i
         w[i] -= rate * (x / (math.sqrt(v_i) + epsilon))
+
+
+@called
+def add_gradient(w: Any, g: Any, total: Any, alpha: Any, scale: Any) -> None:
+    """total ← total + g."""
+    for i in range(w.size):
+        total[i] += total_gradient(g[i], w[i], alpha, scale)
 
 
 # What they share

@@ -1,0 +1,133 @@
+"""The CUDA C++ kernels, compiled by NVRTC for every architecture on a machine without a GPU, and the machine code.
+
+Here every tile, access, activation, loss and optimizer is compiled once to PTX, for 7.5 and for 8.0, between which the
+sources differ; and to machine code what the table of resources has, for two architectures, and of it the largest tiles
+for the others. `python tests/cuda_nvrtc/everything.py` compiles all that the library may launch to machine code.
+"""
+
+from functools import cache
+
+import pytest
+from cuda_nvrtc import compiler, resources, variants
+
+pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
+
+MACHINE_CODE = ("80", "90")
+"""Whose table and instructions are looked at in every run."""
+
+needs_disassembler = pytest.mark.skipif(
+    compiler.disassembler() is None, reason="looking at machine code needs the wheel nvidia-cuda-nvdisasm"
+)
+
+
+@cache
+def machine_code(architecture):
+    return list(compiler.compile_all(variants.representative(), architecture, machine_code=True))
+
+
+@cache
+def instructions(architecture):
+    return {
+        variant: code
+        for compiled in machine_code(architecture)
+        for variant, code in compiler.disassemble(compiled).items()
+    }
+
+
+def test_every_architecture_is_one_of_nvrtc():
+    assert set(map(int, variants.ARCHITECTURES)) <= set(compiler.architectures())
+
+
+@pytest.mark.parametrize("architecture", ["75", "80"])
+def test_what_covers_all_sources_compiles(architecture):
+    elsewhere = variants.representative() if architecture in MACHINE_CODE else ()
+    wanted = [variant for variant in variants.covering() if variant.runs_on(architecture) and variant not in elsewhere]
+    compiled = list(compiler.compile_all(wanted, architecture, machine_code=False))
+    assert sum(len(program.names) for program in compiled) == len(wanted)
+    assert all(f".target sm_{architecture}" in program.ptx for program in compiled)
+
+
+@pytest.mark.parametrize("architecture", [a for a in variants.ARCHITECTURES if a not in MACHINE_CODE])
+def test_the_largest_tiles_assemble(architecture):
+    """And use the registers that the table says."""
+    largest = [v for v in variants.representative() if v.operation == "dense_backward" and v.tile.efficiency == 1]
+    for compiled in compiler.compile_all(largest, architecture, machine_code=True):
+        assert_as_in_table(compiled)
+
+
+@pytest.mark.parametrize("architecture", MACHINE_CODE)
+def test_resources_are_those_of_the_table(architecture):
+    for compiled in machine_code(architecture):
+        assert_as_in_table(compiled)
+        assert not [variant for variant, actual in compiled.resources.items() if actual.spilled]
+
+
+def assert_as_in_table(compiled):
+    """Exactly, by the NVRTC that made the table; another one may choose other registers."""
+    table = resources.read()
+    for variant, actual in compiled.resources.items():
+        expected = table.rows[variant.expression]
+        assert not actual.arrays
+        assert actual.spilled <= resources.MOST_SPILLED
+        assert actual.registers <= resources.most_registers(variant)
+        if compiler.version() == table.nvrtc:
+            used = expected.used[compiled.architecture]
+            assert (actual.registers, actual.spilled) == used, f"{variant.expression}: run {resources.__file__}"
+
+
+def test_the_table_has_every_representative_variant():
+    table = resources.read()
+    assert list(table.rows) == [variant.expression for variant in variants.representative()]
+    for variant in variants.representative():
+        row = table.rows[variant.expression]
+        assert list(row.used) == [a for a in variants.ARCHITECTURES if variant.runs_on(a)]
+        assert max(registers for registers, _ in row.used.values()) <= resources.most_registers(variant)
+        assert row.shared_bytes == variant.shared_bytes
+
+
+# Machine code
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", MACHINE_CODE)
+def test_no_local_memory_and_no_atomics_on_floats(architecture):
+    for variant, code in instructions(architecture).items():
+        assert not [i for i in code if i.startswith(("LDL", "STL"))], variant.expression
+        atomics = [i for i in code if i.startswith(("ATOM", "RED.", "REDG", "REDUX"))]
+        assert not [i for i in atomics if ".F" in i], variant.expression
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", MACHINE_CODE)
+def test_aligned_operands_are_copied_16_bytes_at_a_time_past_the_registers(architecture):
+    for variant, code in instructions(architecture).items():
+        if variant.tile:
+            copies = [i for i in code if i.startswith("LDGSTS")]
+            assert copies, variant.expression
+            assert all(".128" in i for i in copies), variant.expression
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", MACHINE_CODE)
+def test_products_are_made_of_the_instructions_they_are_for(architecture):
+    """And of as many as one turn of the loop over k has for a thread."""
+    for variant, code in instructions(architecture).items():
+        if variant.tile is None:
+            continue
+        multiply, loads = {
+            "float32": ("FFMA", "LDS"),
+            "float64": ("DFMA", "LDS"),
+            "tf32": ("HMMA.1688.F32.TF32", "LDS"),
+            "bfloat16": ("HMMA.16816.F32.BF16", "LDSM"),
+            "float16": ("HMMA.16816.F32", "LDSM"),
+        }[variant.tile.dtype]
+        assert len([i for i in code if i.startswith(multiply)]) >= multiplications(variant.tile), variant.expression
+        assert [i for i in code if i.startswith(loads)], variant.expression
+
+
+def multiplications(tile):
+    """Of a thread, or of a warp on the tensor cores, in a tile of k: 16 x 8 x 8, or with 16-bit numbers 16 x 8 x 16."""
+    products = tile.m * tile.n * tile.k
+    if tile.dtype in ("float32", "float64"):
+        return products // tile.threads
+    return products // (16 * 8 * (8 if tile.dtype == "tf32" else 16)) // (tile.threads // 32)

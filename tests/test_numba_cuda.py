@@ -1,0 +1,457 @@
+"""The numba-cuda backend: whole steps and every tile in Numba's simulator or on a GPU; PTX; errors without one."""
+
+import ctypes
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import backprop_gpu as bp
+from backprop_gpu import training
+from backprop_gpu.backends import numba_cuda, selection
+
+STATUS = next(status for status in bp.backends() if status.name == "numba-cuda")
+
+runs = pytest.mark.skipif(not STATUS.works, reason=str(STATUS))
+"""Needs the simulator or a GPU."""
+
+if STATUS.works:
+    arrays, kernels, plan, step = (
+        import_module(f"backprop_gpu.backends.numba_cuda_{name}") for name in ("arrays", "kernels", "plan", "step")
+    )
+    gemm = import_module("backprop_gpu.kernels.numba_cuda.gemm")
+
+pytestmark = [pytest.mark.gpu] if STATUS.automatic else []
+
+RTOL = {"float32": 1e-5, "float64": 1e-12}
+
+SIZES = [5, 7, 6, 3]
+
+
+def network(backend, sizes=SIZES, dtype="float64", **settings):
+    return bp.MLP(sizes, backend=backend, dtype=dtype, seed=3, **settings)
+
+
+def draw(n, sizes=SIZES, loss="cross_entropy", seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, sizes[0]))
+    if loss == "cross_entropy":
+        return X, rng.integers(0, sizes[-1], n)
+    return X, rng.poisson(2, (n, sizes[-1])) if loss == "poisson" else rng.random((n, sizes[-1]))
+
+
+def on_host(net, x=None):
+    return np.array(net.ops.to_numpy(net.parameters if x is None else x))
+
+
+def assert_same(actual, expected, dtype="float64"):
+    assert np.isfinite(actual).all()
+    assert np.isfinite(expected).all()
+    assert np.abs(expected).max() > 0
+    assert np.abs(actual - expected).max() <= RTOL[dtype] * np.abs(expected).max()
+
+
+def trainer_of(net, X, y, batch_size, optimizer, sample_weight=None):
+    job = training._job(net, optimizer, net._take_in(X, y, sample_weight), batch_size, 0)
+    return training._trainer(net, job), job
+
+
+def take_steps(trainer, n_rows, batch_size, after_step=lambda _: True):
+    n_steps = -(-n_rows // batch_size)
+    return trainer.run(np.arange(n_rows), np.full(n_steps, 1e-2), np.zeros(n_steps), 0, after_step)
+
+
+# Whole runs: the reference's losses and parameters
+
+RUNS = {
+    "kinked": {"activation": ["relu", "leaky_relu"], "optimizer": bp.SGD(0.05, momentum=0.9, nesterov=True)},
+    "exponential": {"activation": ["elu", "selu"], "optimizer": bp.SGD(0.05, clip_norm=0.5), "alpha": 1e-2},
+    "from a": {"activation": ["sigmoid", "tanh"], "optimizer": bp.Adam(0.01), "dropout": [0.2, 0.4]},
+    "gated": {"activation": ["silu", "mish"], "optimizer": bp.AdamW(0.01, clip_norm=1.0), "weighted": True},
+    "gelus": {"activation": ["gelu", "gelu_tanh"], "optimizer": bp.RMSprop(0.01), "dropout": 0.3, "alpha": 1e-2},
+    "others": {"activation": ["softplus", "sine"], "optimizer": bp.AdamW(0.01, weight_decay=0.1), "alpha": 1e-3},
+    "no hidden layer": {"sizes": [5, 3], "optimizer": bp.Adam(0.05)},
+    "binary_cross_entropy": {"activation": "tanh", "loss": "binary_cross_entropy", "optimizer": bp.Adam(0.01)},
+    "poisson": {"activation": "tanh", "loss": "poisson", "optimizer": bp.SGD(0.01), "weighted": True},
+    "huber": {"activation": "identity", "loss": bp.Huber(0.3), "output_activation": "gelu", "optimizer": bp.Adam(0.01)},
+    "smoothed": {"activation": "relu", "loss": bp.CrossEntropy(label_smoothing=0.1), "optimizer": bp.RMSprop(0.01)},
+}
+
+
+@runs
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float64") for name in RUNS), ("kinked", "float32"), ("gated", "float32")]
+)
+def test_a_run_is_the_references(name, dtype):
+    settings = dict(RUNS[name])
+    optimizer, weighted, sizes = (
+        settings.pop("optimizer"),
+        settings.pop("weighted", False),
+        settings.pop("sizes", SIZES),
+    )
+    loss = settings.get("loss", "cross_entropy")
+    X, y = draw(37, sizes, getattr(loss, "name", loss))
+    w = np.random.default_rng(1).random(37) * (np.arange(37) % 5 != 0) if weighted else None
+    fits = {}
+    for backend in ("numpy", "numba-cuda"):
+        # The reference in float64: Adam magnifies what float32 rounds, in both alike.
+        net = network(backend, sizes, "float64" if backend == "numpy" else dtype, **settings)
+        before = on_host(net)
+        history = net.fit(X, y, epochs=3, batch_size=10, optimizer=optimizer, sample_weight=w)
+        fits[backend] = np.array(history["loss"]), on_host(net) - before
+    (losses, changes), (expected_losses, expected_changes) = fits["numba-cuda"], fits["numpy"]
+    tolerance = 1e-3 if dtype == "float32" else 1e-9
+    assert np.abs(losses - expected_losses).max() <= tolerance * np.abs(expected_losses).max()
+    assert np.abs(changes - expected_changes).max() <= tolerance * np.abs(expected_changes).max()
+
+
+@runs
+def test_a_hundred_steps_have_the_references_loss_curve():
+    X, y = draw(40, [5, 4, 3])
+    curves = []
+    for backend in ("numpy", "numba-cuda"):
+        net = network(backend, [5, 4, 3], dropout=0.1)
+        curves.append(net.fit(X, y, epochs=25, batch_size=10, optimizer=bp.Adam(0.01))["loss"])
+    assert np.abs(np.array(curves[1]) / curves[0] - 1).max() <= 1e-9
+
+
+@runs
+@pytest.mark.parametrize("n_rows", [1, 2, 17])
+def test_a_mini_batch_larger_than_what_is_left(n_rows):
+    X, y = draw(n_rows)
+    parameters = {}
+    for backend in ("numpy", "numba-cuda"):
+        net = network(backend)
+        take_steps(trainer_of(net, X, y, min(n_rows, 16), bp.SGD(momentum=0.5))[0], n_rows, min(n_rows, 16))
+        parameters[backend] = on_host(net)
+    assert_same(parameters["numba-cuda"], parameters["numpy"])
+
+
+@runs
+@pytest.mark.parametrize("sizes", [[1, 1], [3, 1, 1, 2], [17, 33, 19]], ids=str)
+def test_layers_of_any_width(sizes):
+    X, y = draw(9, sizes, "squared_error")
+    parameters = {}
+    for backend in ("numpy", "numba-cuda"):
+        net = network(backend, sizes, loss="squared_error", activation="softplus")
+        take_steps(trainer_of(net, X, y, 5, bp.RMSprop())[0], 9, 5)
+        parameters[backend] = on_host(net)
+    assert_same(parameters["numba-cuda"], parameters["numpy"])
+
+
+# How a run goes
+
+
+@runs
+def test_an_epoch_is_read_once_and_takes_3l_plus_2_launches(monkeypatch):
+    net = network("numba-cuda", dropout=0.1)
+    X, y = draw(30)
+    trainer, _ = trainer_of(net, X, y, 10, bp.Adam())
+    reads = []
+    to_host = arrays.to_host
+    monkeypatch.setattr(arrays, "to_host", lambda x: reads.append(x) or to_host(x))
+    losses = take_steps(trainer, 30, 10)
+    assert math.isfinite(losses)
+    assert len(reads) == 1
+    (sequence,) = trainer.sequences.values()
+    assert len(sequence) == 3 * net.architecture.n_layers + 2
+
+
+@runs
+def test_the_same_bits_whenever_the_host_looks(monkeypatch):
+    X, y = draw(50)
+    results = []
+    for seconds, first_read in ((0.25, 256), (0.25, 256), (0.0, 1), (1e6, 2)):
+        monkeypatch.setattr(step, "SECONDS_PER_READ", seconds)
+        monkeypatch.setattr(step, "FIRST_READ", first_read)
+        net = network("numba-cuda", dtype="float32", dropout=0.2)
+        history = net.fit(X, y, epochs=2, batch_size=8)
+        results.append((on_host(net), history["loss"]))
+    for parameters, losses in results[1:]:
+        assert np.array_equal(parameters, results[0][0])
+        assert losses == results[0][1]
+
+
+@runs
+def test_rows_elsewhere_than_in_memory_give_the_same_bits(monkeypatch, tmp_path):
+    X, y = draw(50)
+    np.save(tmp_path / "X.npy", X)
+    nets = [network("numba-cuda") for _ in range(3)]
+    nets[0].fit(X, y, epochs=2, batch_size=8)
+    monkeypatch.setattr(step, "BYTES_PER_UPLOAD", 3 * 8 * 5 * 8)  # 3 mini-batches, less the targets
+    nets[1].fit(np.load(tmp_path / "X.npy", mmap_mode="r"), y, epochs=2, batch_size=8)
+    monkeypatch.setattr(arrays, "free_bytes", lambda: 1000)
+    nets[2].fit(X, y, epochs=2, batch_size=8)
+    for net in nets[1:]:
+        assert np.array_equal(on_host(net), on_host(nets[0]))
+
+
+@runs
+def test_rows_on_the_device_stay_there(monkeypatch):
+    X, y = draw(30)
+    nets = [network("numba-cuda") for _ in range(2)]
+    nets[0].fit(X, y, epochs=2, batch_size=8)
+    rows = nets[1].ops.asarray(X)
+    monkeypatch.setattr(type(nets[1].ops), "to_numpy", None)
+    job = training._job(nets[1], bp.SGD(), nets[1]._take_in(rows, y, None), 8, 0)
+    assert training._trainer(nets[1], job).resident
+    probabilities = nets[1].predict_proba(rows)
+    monkeypatch.undo()
+    assert nets[1].ops.owns(probabilities)
+    assert np.array_equal(on_host(nets[1], probabilities), nets[1].predict_proba(X))
+    nets[1].fit(rows, y, epochs=2, batch_size=8)
+    assert np.array_equal(on_host(nets[1]), on_host(nets[0]))
+
+
+@runs
+def test_an_array_of_the_host_is_refused():
+    ops = bp.get_backend("numba-cuda")
+    with pytest.raises(TypeError, match=r"device arrays; got ndarray \(ops.asarray"):
+        ops.output_forward(np.ones((2, 3)), "tanh")
+
+
+@runs
+def test_a_run_that_is_told_to_stop_has_made_whole_steps(monkeypatch):
+    monkeypatch.setattr(step, "FIRST_READ", 2)
+    X, y = draw(40)
+    net, expected = network("numba-cuda"), network("numpy")
+    rows = []
+    take_steps(trainer_of(net, X, y, 8, bp.SGD())[0], 40, 8, lambda n: bool(rows.append(n)))
+    take_steps(trainer_of(expected, X, y, 8, bp.SGD())[0], sum(rows), 8)
+    assert rows == [16]
+    assert_same(on_host(net), on_host(expected))
+
+
+@runs
+def test_a_run_that_diverges_says_so():
+    X, y = draw(20)
+    net = network("numba-cuda", loss="squared_error", activation="identity")
+    before = on_host(net)
+    with pytest.raises(bp.DivergenceError):
+        net.fit(X, np.eye(3)[y], epochs=400, batch_size=10, optimizer=bp.SGD(1e6))
+    assert np.isfinite(on_host(net)).all()
+    assert on_host(net).shape == before.shape
+
+
+@runs
+def test_inference_and_backprop_are_the_references():
+    X, y = draw(11)
+    net, expected = network("numba-cuda"), network("numpy")
+    assert_same(net.predict_proba(X), expected.predict_proba(X))
+    mine, theirs = net.backprop(X, y), expected.backprop(X, y)
+    assert mine.loss == pytest.approx(theirs.loss, rel=1e-12)
+    for name in ("z", "a", "delta", "dW", "db"):
+        for x, reference in zip(getattr(mine, name), getattr(theirs, name), strict=True):
+            assert_same(on_host(net, x), reference)
+
+
+# Tiles
+
+
+@runs
+@pytest.mark.parametrize("name", gemm.TILES if STATUS.works else [])
+def test_every_tile(name, monkeypatch):
+    """One block of each, not quite full, and two panels of the sum: the plan chooses but one in the simulator."""
+    tile = gemm.TILES[name]
+    monkeypatch.setattr(plan, "tiles", lambda dtype: (tile,))
+    n, m, k = tile.rows - 1, tile.columns - 1, tile.depth + 1
+    rng = np.random.default_rng(0)
+    ops, reference = bp.get_backend("numba-cuda"), bp.get_backend("numpy")
+
+    def both(operation, *operands, **settings):
+        mine = operation(ops)(*(ops.asarray(x, "float32") for x in operands), **settings)
+        theirs = operation(reference)(*operands, **settings)
+        for x, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in (mine, theirs)), strict=True):
+            assert_same(ops.to_numpy(x), expected, "float32")
+
+    A, B, b = rng.standard_normal((n, k)), rng.standard_normal((k, m)), rng.standard_normal(m)
+    both(lambda backend: backend.dense_forward, A, B, b, activation="tanh")
+    both(
+        lambda backend: backend.dense_backward,
+        A,
+        np.ascontiguousarray(B.T),
+        rng.standard_normal((n, m)),
+        activation="sine",
+    )
+    both(lambda backend: backend.dense_gradients, np.ascontiguousarray(A.T), B)
+
+
+@runs
+def test_a_plan_covers_all_and_wastes_no_part():
+    for n_in, n_out, n_rows in ((1, 1, 1), (784, 256, 128), (64, 64, 16384), (1031, 7, 4097), (2048, 2048, 100)):
+        for dtype in ("float32", "float64"):
+            division = plan.division((n_in, n_out), n_rows, dtype)
+            assert (division.n - 1) * division.rows < n_rows <= division.n * division.rows
+            assert division == plan.division((n_in, n_out), n_rows, dtype)
+            assert plan.tile((n_rows, n_out), dtype) in plan.tiles(dtype)
+
+
+@runs
+def test_every_tile_has_threads_for_whole_panels():
+    for tile in (*gemm.TILES.values(), gemm.TILE_IN_SIMULATOR):
+        assert tile.rows * tile.depth % tile.threads == 0
+        assert tile.columns * tile.depth % tile.threads == 0
+        assert 2 * tile.depth * (tile.rows + tile.columns + 2) * 8 <= 48 << 10
+
+
+# On a GPU: others' arrays, and streams
+
+
+class Exports:
+    """An array of ours that offers one protocol alone, as another library's would."""
+
+    def __init__(self, array, *protocols):
+        for protocol in protocols:
+            setattr(type(self), protocol, property(lambda self, protocol=protocol: getattr(array, protocol)))
+
+
+@pytest.fixture
+def on_gpu():
+    if not STATUS.automatic:
+        pytest.skip(f"needs an NVIDIA GPU; {STATUS}")
+    return bp.get_backend("numba-cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "protocols", [("__cuda_array_interface__",), ("__dlpack__", "__dlpack_device__")], ids=["interface", "dlpack"]
+)
+def test_arrays_come_in_and_go_out_without_a_copy(on_gpu, protocols):
+    x = on_gpu.asarray(np.arange(12.0).reshape(3, 4))
+    kind = type("Foreign", (Exports,), {})
+    view = on_gpu.asarray(kind(x, *protocols))
+    view[...] = on_gpu.asarray(np.ones((3, 4)))
+    assert (on_gpu.to_numpy(x) == 1).all()
+    assert view.__cuda_array_interface__["data"] == x.__cuda_array_interface__["data"]
+    assert on_gpu.asarray(kind(x, *protocols), "float32").dtype == np.float32
+
+
+@pytest.mark.gpu
+def test_an_operation_runs_on_the_stream_that_its_arrays_name(on_gpu):
+    cuda = import_module("numba.cuda")
+    stream = cuda.stream()
+    x = on_gpu.asarray(cuda.to_device(np.random.default_rng(0).standard_normal((33, 5)), stream=stream))
+    assert x.stream
+    a = on_gpu.output_forward(x, "tanh", a=arrays.empty((33, 5), "float64", stream))
+    assert a.__cuda_array_interface__["stream"] == x.__cuda_array_interface__["stream"]
+    assert_same(on_gpu.to_numpy(a), np.tanh(on_gpu.to_numpy(x)))
+
+
+# PTX, without a driver
+
+
+PTX_MISSING = "needs the numba-cuda13 or numba-cuda12 extra of this package: Numba-CUDA, libNVVM and NVRTC"
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    """Facts about the PTX of every kernel, by architecture; both groups of them are compiled at once."""
+    program = Path(__file__).with_name("numba_cuda_ptx.py")
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(program.parents[1])}
+    probe = "from numba.cuda.cudadrv import nvrtc, nvvm; assert nvvm.is_available() and nvrtc.get_supported_ccs()"
+    if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode != 0:
+        pytest.skip(PTX_MISSING)
+    started = [
+        subprocess.Popen([sys.executable, str(program), group], env=environment, stdout=subprocess.PIPE, text=True)
+        for group in ("products", "others")
+    ]
+    found = {}
+    for process in started:
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        found.update(json.loads(out))
+    return found
+
+
+def test_every_kernel_compiles_for_every_architecture(ptx):
+    assert len(ptx) > 100
+    for name, by_architecture in ptx.items():
+        assert by_architecture.keys() >= {"75", "80", "86", "89", "90"}, name
+        for architecture, facts in by_architecture.items():
+            assert (facts["target"], facts["entries"]) == (architecture, 1), name
+
+
+def test_shared_memory_fits_and_nothing_is_summed_by_atomics(ptx):
+    for name, by_architecture in ptx.items():
+        for facts in by_architecture.values():
+            assert facts["shared"] <= 48 << 10, name
+            assert facts["atomics"] == 0, name
+
+
+def test_products_stay_in_registers_and_nothing_is_called(ptx):
+    """A long epilogue may lay C out in local memory, once; sine calls, for the remainder of a large angle."""
+    for name, by_architecture in ptx.items():
+        for facts in by_architecture.values():
+            assert "sine" in name or not facts["calls"], name
+            assert "x" not in name.split(", ")[1] or not facts["local"], name
+
+
+# Where it does not work
+
+
+@pytest.fixture
+def not_simulated(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "simulated", lambda: False)
+    monkeypatch.delenv("NUMBA_CUDA_DRIVER", raising=False)
+
+
+def test_without_numba_cuda(not_simulated, monkeypatch):
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: None)
+    assert "Numba-CUDA is not installed; pip install 'numba-cuda[cu13]'" in numba_cuda.probe()
+
+
+def test_without_a_driver(not_simulated, monkeypatch):
+    def not_found(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(ctypes, "CDLL", not_found)
+    assert "no NVIDIA driver" in numba_cuda.probe()
+    assert "backend='cpu'" in numba_cuda.probe()
+
+
+@pytest.mark.parametrize(
+    ("starts", "compiles", "capability", "expected"),
+    [
+        (False, True, (9, 0), "does not start (no device)"),
+        (True, False, (9, 0), "no libNVVM, its compiler; pip install 'numba-cuda[cu13]'"),
+        (True, True, (7, 0), "compute capability 7.0, below 7.5"),
+        (True, True, (6, 1), "compute capability 6.1, below 7.5"),
+        (True, True, (7, 5), None),
+        (True, True, (12, 0), None),
+    ],
+)
+def test_what_numba_finds_wrong(not_simulated, monkeypatch, starts, compiles, capability, expected):
+    cuda = pytest.importorskip("numba.cuda")
+    driver = SimpleNamespace(is_available=starts, initialization_error="no device")
+    nvvm = SimpleNamespace(is_available=lambda: compiles)
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv.driver", SimpleNamespace(driver=driver))
+    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv.nvvm", nvvm)
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(cuda, "get_current_device", lambda: gpu, raising=False)
+    reason = numba_cuda.probe()
+    assert reason is None if expected is None else expected in reason
+
+
+@runs
+def test_auto_never_takes_the_simulator():
+    if STATUS.automatic:
+        pytest.skip("a GPU works here, so nothing is simulated")
+    assert "only by name" in str(STATUS)
+    assert bp.get_backend("auto").name != "numba-cuda"
+    assert "numba-cuda: NUMBA_ENABLE_CUDASIM is set" in bp.MLP([2, 2]).backend_reason
+    assert bp.MLP([2, 2], backend="numba-cuda").backend == "numba-cuda"
+
+
+def test_a_missing_numba_names_what_installs_it():
+    assert selection.DEPENDENCY["numba-cuda"] == "'numba-cuda[cu13]'"
+    assert selection.DEPENDENCY["numba-cuda"] in numba_cuda.INSTALL
