@@ -6,6 +6,7 @@ Tests of the operations take `backend` and `dtype`; a new module in `backprop_gp
 import ctypes
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 
@@ -51,6 +52,13 @@ _execute_cuda_on_the_cpu()
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 """Largest error of an operation by dtype, relative to the largest entry of its float64 reference."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c():
+    """Ctrl-C as in a terminal, also where a shell started the tests in the background, with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 OPERATION_FILES = ("test_contract", "test_operations", "test_stability", "test_torch")
