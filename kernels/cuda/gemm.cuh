@@ -55,7 +55,9 @@ struct OperandTile {
     static __device__ __forceinline__ void copy(T* tile, const T* matrix, int stride, int row0, int row_end, int column0,
                                                 int column_end) {
         constexpr int SIZE = BYTES / sizeof(T), COPIES = COLUMNS / SIZE;
-#pragma unroll
+        // Copies of 2 bytes go through registers: all at once they would take them all.
+        constexpr int AT_ONCE = BYTES == 2 ? 4 : (ROWS * COPIES + THREADS - 1) / THREADS;
+#pragma unroll AT_ONCE
         for (int first = 0; first < ROWS * COPIES; first += THREADS) {  // from a constant on: unrolled, without a branch
             const int i = first + threadIdx.x;
             if (first + THREADS > ROWS * COPIES && i >= ROWS * COPIES) break;

@@ -40,8 +40,8 @@ SKIPPED_LINES = re.compile(
     r"|__launch_bounds__|__launch_bounds|\boperator\b|__global__"
 )
 SKIPPED_DEFINITIONS = re.compile(
-    r"\b(?:STRIDE|C_STRIDE|FROM_Z|PASSES|M|N|K|SLICES|STAGES|THREADS|GATHER_THREADS|DELTA_THREADS|OUTPUT_THREADS"
-    r"|UPDATE_THREADS) = "
+    r"\b(?:STRIDE|C_STRIDE|FROM_Z|AT_ONCE|PASSES|M|N|K|SLICES|STAGES|THREADS|GATHER_THREADS|DELTA_THREADS"
+    r"|OUTPUT_THREADS|UPDATE_THREADS) = "
 )
 """Padding, and what the planner's table has as well: tests of the compiled sources compare the two."""
 
