@@ -666,7 +666,7 @@ def cublas(emulated, on, monkeypatch, tmp_path):
         cp = emulated()
         on(cp)
         library = EmulatedCublas(cp, **settings)
-        monkeypatch.setattr(cuda_blas.Blas, "library", library)
+        monkeypatch.setattr(cuda_blas.Blas, "cublas", library)
         monkeypatch.setenv("BACKPROP_GPU_CACHE_DIR", str(tmp_path))
         return library
 

@@ -32,7 +32,7 @@ class Blas:
         self._handles: dict[int, tuple[ctypes.c_void_p, Array]] = {}
 
     @cached_property
-    def library(self) -> Any:
+    def cublas(self) -> Any:
         """The cuBLAS that CuPy has loaded."""
         major = self.cp.cuda.runtime.runtimeGetVersion() // 1000
         return ctypes.CDLL(f"libcublas.so.{major}")
@@ -40,7 +40,7 @@ class Blas:
     def missing(self) -> str | None:
         """Why there is none, or None."""
         try:
-            return None if self.library else "no cuBLAS"
+            return None if self.cublas else "no cuBLAS"
         except OSError as error:
             return str(error)
 
@@ -86,7 +86,7 @@ class Blas:
         return launch
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.cublas, name)(*arguments)
         if status:
             raise RuntimeError(f"{name} of cuBLAS failed with status {status}")
 
