@@ -27,7 +27,7 @@ struct alignas(16) Chunk {
     T x[SIZE];
 };
 
-// A copy of BYTES, of which the first `bytes` exist.
+// A copy of BYTES, or where `bytes` is 0, as many zeros.
 template <int BYTES, class T>
 __device__ __forceinline__ void copy_async(T* shared, const T* global, int bytes) {
     if constexpr (BYTES == 16) {
@@ -114,7 +114,7 @@ struct Product {
             observe(b_tile);
             math.template accumulate<A_ALONG, B_ALONG, ATile::STRIDE, BTile::STRIDE>(a_tile, b_tile);
         }
-        copy_async_wait<0>();  // of empty tiles: none may arrive where C passes through
+        copy_async_wait<0>();  // only empty groups are left; none is when C passes through
         __syncthreads();
     }
 
