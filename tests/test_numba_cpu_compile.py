@@ -52,7 +52,7 @@ def places(unchanged, tmp_path, monkeypatch):
     monkeypatch.delenv("BACKPROP_GPU_CACHE_DIR", raising=False)
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(compiling, "_user_cache", lambda: home / "backprop_gpu")
+    monkeypatch.setattr(compiling, "user_cache", lambda: home / "backprop_gpu")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     compiling._root.cache_clear()
     yield home, temporary
@@ -355,7 +355,7 @@ def test_without_a_home_temporary_files_serve(places, monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(compiling, "_user_cache", no_home)
+    monkeypatch.setattr(compiling, "user_cache", no_home)
     assert compiling._root("").parent == places[1]
 
 
@@ -420,7 +420,7 @@ def test_the_users_cache_directory_is_the_platforms(platform, variables, expecte
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/me", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert compiling._user_cache() == Path(expected)
+    assert compiling.user_cache() == Path(expected)
 
 
 def test_the_directories_used_last_are_kept_and_others_removed(chosen):

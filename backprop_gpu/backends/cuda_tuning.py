@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from backprop_gpu.backends.contract import Array
+from backprop_gpu.folders import user_cache
 
 __all__ = ["Tuning", "Way"]
 
@@ -132,5 +133,4 @@ def _numbers(x: Any, dtype: str) -> Any:
 def _folder() -> Path:
     """$BACKPROP_GPU_CACHE_DIR, or the user's cache directory."""
     chosen = os.environ.get("BACKPROP_GPU_CACHE_DIR")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(cache) / "backprop_gpu"
+    return Path(chosen) if chosen else user_cache()

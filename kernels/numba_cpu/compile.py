@@ -43,6 +43,7 @@ from numba.extending import is_jitted
 
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
+from backprop_gpu.folders import user_cache
 
 __all__ = ["EntryPoint", "compiled", "entry_point", "named_apart"]
 
@@ -272,7 +273,7 @@ def _root(chosen: str) -> Path | None:
     """The directory `chosen`, or the first of ours that will do; None where there is none."""
     if chosen:
         return _chosen_root(chosen)
-    for place in (_user_cache, _temporary):
+    for place in (user_cache, _temporary):
         try:
             root = place()
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -293,17 +294,6 @@ def _chosen_root(chosen: str) -> Path | None:
     except (OSError, RuntimeError) as error:
         logger.warning("%s: %s; machine code is not kept, so every process compiles again", VARIABLE, error)
     return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "backprop_gpu"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "backprop_gpu"
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative paths ignored.
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "backprop_gpu"
 
 
 def _temporary() -> Path:
