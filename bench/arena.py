@@ -9,13 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from bench.cases import Case
-from bench.comparison import Comparison, Row, compare, interleaved, uncontended
+from bench.comparison import ATTEMPTS, Comparison, Row, compare, interleaved, uncontended
 from bench.contenders import contender
 from bench.datasets import FITS
+from bench.estimators import JOBS, TOLERANCE
 from bench.fresh import IMPORTS, first_step, import_seconds
 from bench.processes import Failed, Process, Unsupported
 
-__all__ = ["Arena", "Measured"]
+__all__ = ["Arena", "Measured", "void_where_scores_differ"]
 
 
 QUICK_ROUNDS = 5
@@ -63,6 +64,10 @@ class Arena:
     def fitted(self, name: str, names: Sequence[str], *, rounds: int) -> dict[str, Measured]:
         """A data set fitted end to end, `rounds` times, by as many seeds; notes: the curves, one for each round."""
         return self._once(("fit", name), lambda: self._fit(name, names, rounds))
+
+    def estimated(self, job: str, names: Sequence[str], *, rounds: int) -> dict[str, Measured]:
+        """A job of `estimators`; notes: scores, one for each round."""
+        return self._once(("estimator", job), lambda: self._estimate(job, names, rounds))
 
     def imported(self, names: Sequence[str], *, rounds: int) -> dict[str, Measured]:
         """The import alone."""
@@ -120,6 +125,25 @@ class Arena:
         row.seconds.append(answer["curve"][-1][0])
         measured.notes["curves"].append(answer["curve"])
 
+    def _estimate(self, job: str, names: Sequence[str], rounds: int) -> dict[str, Measured]:
+        running = self.running(names)
+        measured = {who: Measured(Row(), {"what": f"estimator, {job}", "scores": []}) for who in running}
+        for process in running.values():
+            process.ask("estimate", job=job)  # compiles
+        for i, who in interleaved(running, rounds):
+            self.say(f"{job}: round {i + 1} of {rounds}, {who}")
+            process, row = running[who], measured[who].row
+            attempts = 1 if JOBS[job].processes else ATTEMPTS
+            answer, contention = uncontended(
+                process, row.cores, lambda process=process: process.ask("estimate", job=job), attempts
+            )
+            row.contended += contention > 1 and not JOBS[job].processes
+            row.cores.append(answer["cores"])
+            row.seconds.append(answer["seconds"])
+            measured[who].notes["scores"].append(answer["score"])
+        void_where_scores_differ(measured)
+        return measured
+
     def _import(self, name: str) -> dict[str, float]:
         return {"seconds": import_seconds(IMPORTS[name])}
 
@@ -135,3 +159,11 @@ class Arena:
             for key, value in answer.items():
                 measured[name].notes.setdefault(key, []).append(value)
         return measured
+
+
+def void_where_scores_differ(measured: dict[str, Measured]) -> None:
+    """Both rows are, as it cannot be told which is wrong."""
+    scores = [measured[who].notes["scores"][-1] for who in measured]
+    if scores and not max(scores) - min(scores) <= TOLERANCE:
+        for each in measured.values():
+            each.row.void = f"accuracies of {', '.join(f'{score:.2%}' for score in scores)}, which should be the same"

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.cases import Case
 from bench.comparison import quartiles, ratios
-from bench.contenders import BACKENDS, GPU_PEERS, PEERS
+from bench.contenders import BACKENDS, GPU_PEERS, IN_PLACE, PEERS
 
 __all__ = ["FOLDER", "Bench", "Result", "all_results", "compact", "read"]
 
@@ -70,6 +70,10 @@ class Result:
         """The backend that the tables are about: the fastest kind that was measured, or the last where none was."""
         measured = {name for row in self.groups.values() for name in row}
         return next((name for name in BACKENDS if name in measured), BACKENDS[-1])
+
+    def ours_in(self, row: Mapping[str, Bench]) -> str:
+        """Who is ours in a piece of work: that backend, or what stands in another library's place."""
+        return next((name for name in IN_PLACE if name in row), self.ours)
 
 
 def fastest_peer(row: Mapping[str, Bench]) -> Bench | None:

@@ -50,9 +50,10 @@ def _network(name: str) -> str:
 
 def beside(what: str, result: Result, rows: Mapping[str, Mapping[str, Bench]]) -> str:
     """A line for each piece of work, a column for each contender: its time, and that over ours."""
-    names = [name for name in COLUMNS if name != result.ours and any(name in row for row in rows.values())]
-    header = [what, *(contender(name).label for name in (result.ours, *names))]
-    return table(header, [[title, *_cells(row, result.ours, names)] for title, row in rows.items()])
+    ours = result.ours_in(next(iter(rows.values()), {}))
+    names = [name for name in COLUMNS if name != ours and any(name in row for row in rows.values())]
+    header = [what, *(contender(name).label for name in (ours, *names))]
+    return table(header, [[title, *_cells(row, ours, names)] for title, row in rows.items()])
 
 
 def _cells(row: Mapping[str, Bench], ours: str, names: Sequence[str]) -> Iterator[str]:
@@ -77,7 +78,7 @@ def time_of(seconds: float) -> str:
 
 def summary(result: Result) -> str:
     """What each of the other suites comes to."""
-    makers = (_activations, _shapes, _predictions, _fits, _imports, _first_steps)
+    makers = (_activations, _shapes, _predictions, _fits, _estimators, _modules, _imports, _first_steps)
     return table(["on the same machine", result.ours], [line for make in makers for line in make(result)])
 
 
@@ -130,6 +131,22 @@ def _fits(result: Result) -> Iterator[list[str]]:
         yield [f"`fit` on {data}, {len(ours.notes['curves'][0])} epochs", text]
 
 
+def _estimators(result: Result) -> Iterator[list[str]]:
+    if ratios := _in_place(result, "estimator, ", "sklearn"):
+        yield ["`backprop_gpu.sklearn.MLPClassifier`: times as fast as scikit-learn's", ratios]
+
+
+def _modules(result: Result) -> Iterator[list[str]]:
+    if ratios := _in_place(result, "autograd, ", "torch"):
+        yield ["`backprop_gpu.torch.FusedMLP`, forward and backward pass: times as fast as `nn.Sequential`", ratios]
+
+
+def _in_place(result: Result, prefix: str, peer: str) -> str:
+    """How many times as fast as the peer in whose place ours is put, for each piece of work."""
+    rows = {name: row for name, row in result.under(prefix) if {result.ours_in(row), peer} <= row.keys()}
+    return "; ".join(f"{name} {row[result.ours_in(row)].times_as_fast(row[peer]):.2f}" for name, row in rows.items())
+
+
 def _imports(result: Result) -> Iterator[list[str]]:
     if row := result.groups.get("import"):
         yield ["import in a new process", _each(row)]
@@ -177,6 +194,8 @@ SECTIONS = (
     ("`predict`, 100,000 rows", "predict, "),
     *((f"Operation `{name}`, on the largest layer of each network", f"{name}, ") for name in OPERATIONS),
     ("`fit`, end to end", "fit, "),
+    ("`backprop_gpu.sklearn` in scikit-learn's place, with the same settings", "estimator, "),
+    ("`backprop_gpu.torch` in PyTorch's place: forward and backward pass under autograd", "autograd, "),
     ("A new process: import", "import"),
     ("A new process: until the first steps of M are done", "first step, "),
 )

@@ -21,6 +21,7 @@ from bench.cases import Case
 from bench.contenders import contender
 from bench.contenders.contract import Parameters, Unsupported, Variants, Work
 from bench.datasets import FITS, Fit
+from bench.estimators import JOBS
 from bench.tasks import TASKS
 
 TRIAL_SECONDS, TRIALS = 0.05, 3
@@ -78,6 +79,15 @@ class Worker:
         curve = list(self.contender.fit(fit, epochs, seed))
         cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
         return {"curve": [(seconds, accuracy(fit, parameters)) for seconds, parameters in curve], "cores": cores}
+
+    def estimate(self, job: str) -> dict[str, float]:
+        """Seconds of one of the calls that a job of `estimators` makes, and the accuracy in the end."""
+        todo, kind = JOBS[job], self.contender.classifier()
+        gc.collect()
+        cpu, wall = time.process_time(), time.perf_counter()
+        score = todo.do(kind, todo)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return {"seconds": wall / todo.repeats, "score": score, "cores": cpu / wall}
 
     def about(self) -> dict[str, Any]:
         """Versions of what this process stands on."""

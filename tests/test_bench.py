@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import comparison, plots, report, results, tables
-from bench.arena import Arena
+from bench import comparison, estimators, plots, report, results, tables
+from bench.arena import Arena, Measured, void_where_scores_differ
 from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
-from bench.comparison import compare, interleaved, quartiles, ratios
+from bench.comparison import Row, compare, interleaved, quartiles, ratios
 from bench.contenders import BACKENDS, FLOOR, GPU_PEERS, PEERS, contender
 from bench.contenders.contract import Unsupported
 from bench.datasets import FITS, missing
@@ -333,6 +333,47 @@ def _benchmark(group, name, data, **notes):
     }
 
 
+class Constant:
+    """An estimator that says the same of every row."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def fit(self, X, y):
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.answer)
+
+    def score(self, X, y):
+        return np.mean(self.predict(X) == y)
+
+
+@pytest.mark.parametrize("job", ["fit, breast_cancer", "fit, digits", "predict, 1 row", "predict, 100 rows"])
+def test_an_estimators_job_ends_in_its_accuracy(job):
+    job = estimators.JOBS[job]
+    scores = [job.do(lambda answer=answer, **settings: Constant(answer), job) for answer in (-1, 1)]
+    assert scores[0] == 0
+    assert 0 < scores[1] < 1 or job.rows == 1
+
+
+def test_estimators_whose_accuracies_differ_are_void():
+    measured = {who: Measured(Row(), {"scores": [score]}) for who, score in (("estimator", 0.98), ("sklearn", 0.9))}
+    void_where_scores_differ(measured)
+    assert all(each.row.void == "accuracies of 98.00%, 90.00%, which should be the same" for each in measured.values())
+    measured["sklearn"].notes["scores"] = [0.975]
+    void_where_scores_differ(again := {who: Measured(Row(), each.notes) for who, each in measured.items()})
+    assert not any(each.row.void for each in again.values())
+
+
+def test_an_estimator_is_measured_beside_scikit_learn():
+    with Arena(threads=1, rounds=2) as arena:
+        measured = arena.estimated("predict, 1 row", ["estimator", "sklearn"], rounds=2)
+    for each in measured.values():
+        assert not each.row.void
+        assert len(each.row.seconds) == len(each.notes["scores"]) == 2
+
+
 @pytest.fixture
 def result(tmp_path):
     """A file with something of everything, in which ours takes 1 ms or 1 s, and the others 2, 3 … times as long."""
@@ -358,6 +399,8 @@ def result(tmp_path):
         *group("dense_forward, M", names[:3], **noted(Case((784, 256), 128), "dense_forward")),
         *group("ceiling, product", names[:3], **noted(Case((2048, 2048), 2048), "dense_forward")),
         *group("fit, digits", names[:4], 1.0, target=0.97, curves=curves),
+        *group("estimator, fit, digits", ("estimator", "sklearn"), 1.0, scores=[0.98] * 3),
+        *group("autograd, S", ("fused-module", "torch"), **noted(NETWORKS["S"], "autograd")),
         *group("import", ("cpu", "torch"), 1.0),
         *group("first step, cold", ("cpu", "torch"), 1.0, peak_mb=[200.0]),
     ]
@@ -376,6 +419,8 @@ def test_tables_hold_times_and_ratios(result):
     assert "| `predict` on 100,000 rows: times as fast as PyTorch eager | S 2.00 |" in text
     assert "1.00 s, accuracy 98.00%; scikit-learn 4.00 s (4.00 ×), accuracy 98.00%" in text
     assert "backprop_gpu, cpu 1.00 s (200 MB)" in text
+    assert "| `backprop_gpu.sklearn.MLPClassifier`: times as fast as scikit-learn's | fit, digits 2.00 |" in text
+    assert "times as fast as `nn.Sequential` | S 2.00 |" in text
 
 
 def test_everything_is_in_the_long_tables(result):
@@ -383,6 +428,10 @@ def test_everything_is_in_the_long_tables(result):
     for title, prefix in tables.SECTIONS:
         assert (f"### {title}\n" in text) == any(True for _ in result.under(prefix))
     assert "| digits | PyTorch eager | 98.00% | 97.0% | 1.00 s |" in text
+    assert (
+        "|  | backprop_gpu.sklearn | scikit-learn |\n| --- | --- | --- |\n| fit, digits | 1.00 s | 2.00 s (2.00 ×) |"
+        in text
+    )
     assert "samples; during 0 of them something else was running" in text
 
 

@@ -6,11 +6,13 @@ from importlib import import_module
 
 from bench.contenders.contract import Contender
 
-__all__ = ["BACKENDS", "CPU_BACKENDS", "FLOOR", "GPU_BACKENDS", "GPU_PEERS", "PEERS", "contender"]
+__all__ = ["BACKENDS", "CPU_BACKENDS", "FLOOR", "GPU_BACKENDS", "GPU_PEERS", "IN_PLACE", "PEERS", "contender"]
 
 CPU_BACKENDS, GPU_BACKENDS = ("cpu", "numpy"), ("cuda", "numba-cuda")
 BACKENDS = (*GPU_BACKENDS, *CPU_BACKENDS)
 FLOOR = "floor"
+IN_PLACE = ("fused-module", "estimator")
+"""Ours in the place of a module of PyTorch's or an estimator of scikit-learn's."""
 PEERS = ("torch", "torch-compile", "jax", "sklearn")
 GPU_PEERS = ("torch@cuda", "torch-compile@cuda", "torch-graph@cuda", "jax@cuda", "cupy@cuda")
 
@@ -18,6 +20,7 @@ CLASSES = {
     FLOOR: ("floor", "Products"),
     "torch": ("torch_peers", "TorchEager"),
     "fused-module": ("torch_peers", "FusedModule"),
+    "estimator": ("ours", "Estimator"),
     "torch-compile": ("torch_peers", "TorchCompile"),
     "torch-graph": ("torch_peers", "TorchGraph"),
     "jax": ("jax_peer", "Jax"),

@@ -76,6 +76,10 @@ class Contender(ABC):
         """One operation of the contract, on the arrays of `tasks.layer`."""
         raise Unsupported(f"has no {name}")
 
+    def classifier(self) -> type:
+        """The class with scikit-learn's interface."""
+        raise Unsupported("has no estimator")
+
     def fit(self, fit: Fit, epochs: int, seed: int) -> Iterator[tuple[float, Parameters]]:
         """Train from the initial weights; after each epoch, the seconds of training so far, and the parameters."""
         raise Unsupported("fits nothing")

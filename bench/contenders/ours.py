@@ -18,7 +18,7 @@ from bench.contenders.contract import Contender, Parameters, Variants, Work
 from bench.datasets import Fit
 from bench.tasks import layer, operate, outputs
 
-__all__ = ["Ours"]
+__all__ = ["Estimator", "Ours"]
 
 
 class Ours(Contender):
@@ -60,6 +60,19 @@ class Ours(Contender):
         optimizer = bp.Adam(LEARNING_RATE)
         net.fit(X, y, epochs=epochs, batch_size=fit.case.batch_size, optimizer=optimizer, callbacks=[note])
         yield from curve
+
+
+class Estimator(Contender):
+    """`backprop_gpu.sklearn.MLPClassifier`, on the backend that it takes by itself."""
+
+    label = "backprop_gpu.sklearn"
+    packages = ("sklearn",)
+
+    def classifier(self) -> type:
+        """Ours."""
+        from backprop_gpu.sklearn import MLPClassifier
+
+        return MLPClassifier
 
 
 def _parameters(net: bp.MLP) -> Parameters:

@@ -38,6 +38,13 @@ class ScikitLearn(Contender):
         """`predict`."""
         return {"": partial(_Prediction, case)}
 
+    def classifier(self) -> type:
+        """scikit-learn's."""
+        from sklearn.neural_network import MLPClassifier
+
+        found: type = MLPClassifier
+        return found
+
     def fit(self, fit: Fit, epochs: int, seed: int) -> Iterator[tuple[float, Parameters]]:
         """`fit` as a user calls it, shuffling, from weights of its own."""
         X, y, _, _ = fit.data()
