@@ -145,7 +145,7 @@ def operate(backend, operation, tile, m, n, k, offset):
 @every_tile
 def test_every_tile(checked, monkeypatch, dtype, tile, operation, edge):
     monkeypatch.setattr(cuda_plan, "tile", lambda *_: tile)
-    monkeypatch.setattr(cuda_plan, "parts", lambda n_rows, *_: cuda_plan.Parts(tile, *parts_of(n_rows, tile)))
+    monkeypatch.setattr(cuda_plan, "parts", lambda n_rows, *_, **__: cuda_plan.Parts(tile, *parts_of(n_rows, tile)))
     backend = CudaBackend(checked).computing_in(dtype)
     m, n, k = EDGES[edge](tile)
     for actual, exact, naive in operate(backend, operation, tile, m, n, k, offset=0 if edge == "aligned" else 1):
@@ -179,27 +179,25 @@ def test_an_operation_repeats_to_the_bit(fast):
 # The plan
 
 
+H100 = cuda_plan.Device(90, 132, 227 << 10, 228 << 10, 13.0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 31, 32, 33, 1000, 1024, 1025, 16384, 1_000_003])
 @pytest.mark.parametrize("dtype", cuda_plan.TILES)
-def test_parts_take_all_rows_and_none_is_long(n_rows, dtype):
+def test_parts_take_all_rows_and_none_is_long(n_rows, dtype, whole):
     for n_in, n_out in ((1, 1), (784, 256), (4096, 4096)):
-        plan = cuda_plan.parts(n_rows, n_in, n_out, dtype, 132)
+        plan = cuda_plan.parts(n_rows, n_in, n_out, dtype, H100, whole=whole)
         assert (plan.n_parts - 1) * plan.rows_per_part < n_rows <= plan.n_parts * plan.rows_per_part
         assert plan.rows_per_part % plan.tile.k == 0
         assert plan.rows_per_part <= cuda_plan.MOST_ROWS_PER_PART
 
 
-@every_tile
-def test_every_tile_fits_into_every_gpus_shared_memory(dtype, tile):
-    """64 KiB, compute capability 7.5."""
-    assert max(tile.shared_bytes(layout) for layout in cuda_plan.LAYOUTS.values()) <= 64 << 10
-
-
 def test_small_batches_and_skinny_outputs_get_small_tiles():
     for dtype in cuda_plan.TILES:
-        assert cuda_plan.tile(128, 256, 784, dtype, 132).m <= 64
-        assert cuda_plan.tile(16384, 10, 64, dtype, 132).n <= 32
-        assert cuda_plan.tile(4096, 4096, 4096, dtype, 132).m >= 64
+        assert cuda_plan.tile(128, 256, 784, dtype, H100).m <= 64
+        assert cuda_plan.tile(16384, 10, 64, dtype, H100).n <= 32
+        assert cuda_plan.tile(4096, 4096, 4096, dtype, H100).m >= 64
 
 
 # Whole steps

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from backprop_gpu.activations import Activation
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Backend, Dropout, Trainer, TrainingJob
-from backprop_gpu.backends.cuda_kernels import Kernels, step_numbers, stretches
+from backprop_gpu.backends.cuda_kernels import Kernels, Whole, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_step import StepTrainer
 from backprop_gpu.losses import Loss
@@ -72,7 +72,7 @@ class CudaBackend(Backend):
         self.cp = cp or _cupy()
         self.kernels = Kernels(self.cp)
         self.dtype = dtype
-        capability = int(self.cp.cuda.Device().compute_capability)
+        capability = self.kernels.gpu.capability
         self.dtypes = tuple(name for name, number in NUMBERS.items() if capability >= number.oldest_capability)
 
     def computing_in(self, dtype: str) -> CudaBackend:
@@ -226,14 +226,11 @@ class CudaBackend(Backend):
         self._check_arrays(a_prev=a_prev, delta=delta, W=W, dW=dW, db=db)
         cp, kernels = self.cp, self.kernels
         n_in, n_out = dW.shape
-        plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.n_processors)
+        plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.gpu, whole=True)
         parts_W = cp.empty((plan.n_parts, n_in, n_out), dW.dtype)
         parts_b = cp.empty((plan.n_parts, n_out), dW.dtype)
-        kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan)()
-        for parts, out, weights in ((parts_W, dW, W), (parts_b, db, None)):
-            table = cp.asarray(stretches([(out.size, plan.n_parts, weights is not None)]))
-            n_blocks = kernels.parameter_blocks([out.size])
-            kernels.sum_parts(parts, table, n_blocks, weights, out, alpha=alpha, accumulate=accumulate)()
+        whole = Whole(dW, db, W, alpha, accumulate)
+        kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan, whole)()
 
     def _update(
         self,
@@ -250,12 +247,7 @@ class CudaBackend(Backend):
         counts = [count for count in (n_weights, parameters.size - n_weights) if count]
         whole = [(count, 1, count == n_weights and i == 0) for i, count in enumerate(counts)]
         table, n_blocks = cp.asarray(stretches(whole, 1)), kernels.parameter_blocks(counts)
-        gradient_scale = None
-        if optimizer.clip_norm is not None:
-            gradient_scale = cp.empty((1,), "float64")
-            scratch = kernels.scratch(n_blocks)
-            clip = {"clip_norm": optimizer.clip_norm, "gradient_scale": gradient_scale, "scratch": scratch}
-            kernels.sum_parts(gradients, table, n_blocks, None, gradients, **clip)()
+        squares = None if optimizer.clip_norm is None else self.sum_squares(gradients).reshape(1)
         numbers = step_numbers(optimizer, np.array([learning_rate]), np.zeros(1), step - 1)
         kernels.update(
             parameters,
@@ -265,9 +257,9 @@ class CudaBackend(Backend):
             n_blocks,
             optimizer,
             numbers=cp.asarray(numbers),
-            gradient_scale=gradient_scale,
             counters=cp.zeros((2,), "uint32"),
             losses=cp.zeros((1,), "float64"),
+            squares=squares,
             scratch=kernels.scratch(n_blocks),
         )()
 

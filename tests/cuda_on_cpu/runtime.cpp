@@ -410,7 +410,7 @@ void* cuda_on_cpu_shared(SharedVariable* variable) {
     static_shared_used += variable->size;
     shared_variables.push_back(variable);
     if (static_shared_used > DEFAULT_SHARED_PER_BLOCK) fail(true, "more than 48 KiB of static __shared__ variables");
-    if (static_shared_used + dynamic_shared_size > options.max_dynamic_shared)
+    if (static_shared_used + dynamic_shared_size > options.max_shared)
       fail(true, "%zu bytes of static and %zu of dynamic shared memory are more than %zu", static_shared_used,
            dynamic_shared_size, options.max_shared);
     memset(address, 0xff, variable->size);  // NaN, to show reads before writes
