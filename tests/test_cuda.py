@@ -659,15 +659,31 @@ def driver(**settings):
 
         return ask
 
-    settings = {"driver": 13000, "built_for": 12090, "n_devices": 1, "capability": "90", **settings}
+    defaults = {
+        "driver": 13000,
+        "built_for": 12090,
+        "n_devices": 1,
+        "capability": "90",
+        "nvrtc": (12, 9),
+        "free": 1 << 30,
+    }
+    settings = {**defaults, **settings}
     runtime = SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
         driverGetVersion=answer(settings["driver"]),
         runtimeGetVersion=answer(settings["built_for"]),
         getDeviceCount=answer(settings["n_devices"]),
     )
-    device = SimpleNamespace(compute_capability=settings["capability"])
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: device))
+
+    class Device:
+        compute_capability = settings["capability"]
+
+        @property
+        def mem_info(self):
+            return answer(settings["free"])(), 80 << 30
+
+    nvrtc = SimpleNamespace(getVersion=answer(settings["nvrtc"]))
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=Device, nvrtc=nvrtc))
 
 
 @pytest.mark.parametrize(
@@ -678,6 +694,9 @@ def driver(**settings):
         ({"driver": 11080}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
         ({"driver": 12040, "built_for": 13000}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
         ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
+        ({"nvrtc": "failed to load libnvrtc.so.12"}, "no NVRTC.*libnvrtc.so.12.*CUDA 12 toolkit.*'cupy-cuda12x.ctk"),
+        ({"free": 3 << 20}, "3 of the GPU's 81920 MiB are free, and 32 are the least.*end what else runs"),
+        ({"free": "cudaErrorDevicesUnavailable"}, "cannot be used .cudaErrorDevicesUnavailable.; end what else runs"),
     ],
 )
 def test_a_machine_that_cannot_says_why(settings, reason):
@@ -727,6 +746,37 @@ def test_out_of_memory_says_how_much_was_wanted_and_what_to_change(emulated, on)
     cp.emulator.memory_size = 80 << 30
     assert np.array_equal(net.ops.to_numpy(net.parameters), before)
     net.fit(X, y, batch_size=10, epochs=1)
+
+
+def test_no_memory_for_an_array_says_what_is_free(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data()
+    net = bp.MLP(SIZES, backend="cuda")
+    before = net.ops.to_numpy(net.parameters)
+    cp.emulator.memory_size = cp.emulator.memory.used + 1000
+    for act in (
+        lambda: bp.MLP([SIZES[0], 4096, 3], backend="cuda"),
+        lambda: net.predict_proba(X),
+        lambda: net.backprop(X, y),
+        lambda: net.ops.zeros((5000,), "float32"),
+    ):
+        with pytest.raises(MemoryError, match=r"0 of the GPU's \d+ MiB are free.*take fewer rows at a time"):
+            act()
+    cp.emulator.memory_size = 80 << 30
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+
+
+@pytest.mark.parametrize("settings", [{"free": 3 << 20}, {"n_devices": 0}])
+def test_auto_falls_back_and_says_why(monkeypatch, caplog, settings):
+    monkeypatch.setattr(cuda, "_cupy", lambda: driver(**settings))
+    monkeypatch.setattr(selection, "_status", selection._status.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot work here: .*CUDA_VISIBLE_DEVICES.*backend='auto'"):
+        bp.get_backend("cuda")
+    caplog.set_level("INFO", "backprop_gpu")
+    assert bp.get_backend("auto").name != "cuda"
+    assert "cuda: " in caplog.text
+    assert "CUDA_VISIBLE_DEVICES" in caplog.text
 
 
 def test_dropout_of_the_operations_and_of_the_steps_is_the_same(fast):
@@ -830,6 +880,7 @@ def uses_cublas(launch):
 def test_cublas_with_a_fused_pass_gives_the_same_run(cublas, monkeypatch, dtype):
     library = cublas()
     in_favour_of(monkeypatch, uses_cublas)
+    monkeypatch.setattr(cuda_plan, "TILES", {dtype: cuda_plan.TILES[dtype][1:2]})  # one of them to compare with
     X, y = data(n=101)
     net = bp.MLP(SIZES, backend="cuda", dtype=dtype, seed=3, dropout=0.2, activation=["gelu", "tanh"])
     reference = net.copy(backend="numpy", dtype="float64" if dtype == "float64" else "float32")

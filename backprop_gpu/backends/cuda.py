@@ -6,7 +6,8 @@ GPU already, CuPy's own or of any library with DLPack or the CUDA array interfac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +27,8 @@ __all__ = ["BACKEND", "CudaBackend", "probe"]
 OLDEST_CAPABILITY = 75
 OLDEST_DRIVER = 12000
 """CUDA version that the driver must offer, as CUDA counts: 12.0."""
+LEAST_MEMORY = 32 << 20
+"""Bytes that must be free: less than the kernels' machine code and a small network take."""
 
 
 def probe(cp: Any = None) -> str | None:
@@ -49,6 +52,32 @@ def probe(cp: Any = None) -> str | None:
         return (
             f"the GPU has compute capability {capability / 10}, and the kernels need {OLDEST_CAPABILITY / 10} (Turing) "
             "or newer; choose another GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return _no_compiler(cp) or _no_memory(cp)
+
+
+def _no_compiler(cp: Any) -> str | None:
+    """CuPy is there without NVRTC where its wheel is installed alone."""
+    try:
+        cp.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        major = cp.cuda.runtime.runtimeGetVersion() // 1000
+        return (
+            f"CuPy finds no NVRTC, which compiles the kernels ({error}); install the CUDA {major} toolkit, or "
+            f"pip install 'cupy-cuda{major}x[ctk]'"
+        )
+    return None
+
+
+def _no_memory(cp: Any) -> str | None:
+    try:
+        free, total = cp.cuda.Device().mem_info
+    except cp.cuda.runtime.CUDARuntimeError as error:  # no room for CUDA's own, or another process has the GPU
+        return f"the GPU cannot be used ({error}); end what else runs on it, or choose another by CUDA_VISIBLE_DEVICES"
+    if free < LEAST_MEMORY:
+        return (
+            f"{free >> 20} of the GPU's {total >> 20} MiB are free, and {LEAST_MEMORY >> 20} are the least to work "
+            "with; end what else runs on it, or choose another GPU by CUDA_VISIBLE_DEVICES"
         )
     return None
 
@@ -95,10 +124,23 @@ class CudaBackend(Backend):
         Raises ValueError for an array on another device.
         """
         cp = self.cp
-        if not isinstance(x, cp.ndarray):
-            x = self._taken(x, dtype)
-        self._check_device("the array", x)
-        return cp.ascontiguousarray(x, dtype)
+        with self._memory_told():
+            if not isinstance(x, cp.ndarray):
+                x = self._taken(x, dtype)
+            self._check_device("the array", x)
+            return cp.ascontiguousarray(x, dtype)
+
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """Out of memory: what is free, and what to change."""
+        try:
+            yield
+        except self.cp.cuda.memory.OutOfMemoryError as error:
+            free, total = self.cp.cuda.Device().mem_info
+            raise MemoryError(
+                f"no memory for an array: {free >> 20} of the GPU's {total >> 20} MiB are free ({error}); take fewer rows "
+                "at a time, free other arrays (cupy.get_default_memory_pool().free_all_blocks()), or backend='cpu'"
+            ) from error
 
     def _check_device(self, name: str, x: Array) -> None:
         here = self.cp.cuda.Device().id
@@ -133,11 +175,13 @@ class CudaBackend(Backend):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array on the current device."""
-        return self.cp.empty(shape, dtype)
+        with self._memory_told():
+            return self.cp.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros on the current device."""
-        return self.cp.zeros(shape, dtype)
+        with self._memory_told():
+            return self.cp.zeros(shape, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """A copy of `x` on the host."""
