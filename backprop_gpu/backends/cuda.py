@@ -138,8 +138,8 @@ class CudaBackend(Backend):
         except self.cp.cuda.memory.OutOfMemoryError as error:
             free, total = self.cp.cuda.Device().mem_info
             raise MemoryError(
-                f"no memory for an array: {free >> 20} of the GPU's {total >> 20} MiB are free ({error}); take fewer rows "
-                "at a time, free other arrays (cupy.get_default_memory_pool().free_all_blocks()), or backend='cpu'"
+                f"no memory for an array: {free >> 20} of the GPU's {total >> 20} MiB are free ({error}); take fewer "
+                "rows at a time, free other arrays (cupy.get_default_memory_pool().free_all_blocks()), or backend='cpu'"
             ) from error
 
     def _check_device(self, name: str, x: Array) -> None:

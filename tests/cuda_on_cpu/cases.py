@@ -209,11 +209,15 @@ class WholeGradients:
             assert_each_close(self.device.get(self.whole.squares)[0], np.sum(expected**2), 10 * tolerance)
 
 
-def dense_gradients(tile: Tile, *, aligned: bool, of_step: bool | None = None, n_parts: int = 3) -> Any:
+def dense_gradients(
+    tile: Tile, *, aligned: bool, of_step: bool | None = None, n_parts: int = 3, one_tile: bool = False
+) -> Any:
     def run(device: Device) -> None:
         dtype = tile.dtype
         output = "float64" if dtype == "float64" else "float32"
         n_in, n_out, rows_per_part = *_shape(tile, 0, aligned)[:2], (tile.stages + 1) * tile.k
+        if one_tile:
+            n_in, n_out = tile.m - 8, tile.n - 8
         n_rows = (n_parts - 1) * rows_per_part + tile.k + 3
         a_prev, delta = normal(1, n_rows, n_in, dtype=dtype), normal(2, n_rows, n_out, dtype=dtype)
         dW, db = device.hole((n_parts, n_in, n_out), output), device.hole((n_parts, n_out), output)
@@ -272,6 +276,13 @@ def _products() -> Iterator[Case]:
                 (*words, "dense_gradients", "ColumnSums", "WholeGradients", "gradients.cuh"),
                 dense_gradients(tile, aligned=at, of_step=(True, False, None)[i % 3], n_parts=1 + 2 * (i < 4)),
             )
+
+
+def _one_tile() -> Iterator[Case]:
+    """Where one block of each part does all."""
+    for tile, of_step in ((TILES["float32"][2], True), (TILES["float32"][2], None)):
+        run = dense_gradients(tile, aligned=True, of_step=of_step, one_tile=True)
+        yield Case(f"dense_gradients {tile.expression} one tile", "dense_gradients", ("dense_gradients",), run)
 
 
 def forward_pass(dtype: str, n: int, *misaligned: str, keep_z: bool = True, dropout: bool = False) -> Any:
@@ -737,5 +748,7 @@ def _numbered(cases: Iterator[Case]) -> tuple[Case, ...]:
     return tuple(replace(case, name=f"{i:02} {case.name}") for i, case in enumerate(cases))
 
 
-CASES = _numbered(itertools.chain(_rows(), _activations(), _output_layer(), _flat_vector(), _passes(), _products()))
+CASES = _numbered(
+    itertools.chain(_rows(), _activations(), _output_layer(), _flat_vector(), _passes(), _one_tile(), _products())
+)
 """All of them; together they launch every kernel and enter every struct of the sources."""
