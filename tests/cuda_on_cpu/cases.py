@@ -454,8 +454,10 @@ def output_delta(
     labels: bool = False,
     ordered: bool = False,
     weighted: bool = False,
+    moderate: bool = False,
     output: str = "",
 ) -> Any:
+    """Of awkward scores, some of which cost so much that all others are lost in the sum; or of moderate ones."""
     sigma = losses.output_activation(loss, sigma)
     output = output or dtype
 
@@ -467,6 +469,8 @@ def output_delta(
         places = slice(step * batch_size, step * batch_size + n_rows)
         rows = order[places] if ordered else slice(None)
         z, target = _scores_and_target(loss, sigma, rng, n_rows, n_out, n_data, dtype, labels)
+        if moderate:
+            z = normal(4, n_rows, n_out, dtype=dtype)
         weight = rng.integers(0, 3, n_rows).astype(dtype) if weighted else None
         if weighted:
             weight[3] = 0
@@ -561,6 +565,8 @@ def _losses() -> Iterator[Case]:
         (("CrossEntropy", "Softmax"), output_delta(smoothed, 41, 11, "float64", labels=True, ordered=True)),
         (("CrossEntropy", "output_delta"), output_delta(smoothed, 37, 5, "float32", weighted=True)),
         (("CrossEntropy",), output_delta(bp.CrossEntropy(), 9, 150, "float32", labels=True, output="bfloat16")),
+        (("CrossEntropy", "Softmax"), output_delta(smoothed, 41, 11, "float64", moderate=True)),
+        (("BinaryCrossEntropyEntry",), output_delta(binary, 41, 7, "float64", moderate=True)),
         (("BinaryCrossEntropyEntry",), output_delta(binary, 131, 7, "float64", weighted=True)),
         (("BinaryCrossEntropyEntry",), output_delta(binary, 140, 1, "float32", ordered=True, output="float16")),
         (("PoissonEntry",), output_delta(bp.Poisson(), 131, 3, "float64", ordered=True, weighted=True)),
