@@ -3,8 +3,10 @@
 On a machine with an NVIDIA GPU the kernels run there (`pytest -m gpu`), and the tests of the emulation alone do not.
 """
 
+import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,8 @@ from backprop_gpu.backends import (
 )
 from backprop_gpu.backends.contract import Dropout
 from backprop_gpu.backends.cuda import CudaBackend
+from backprop_gpu.backends.cuda_kernels import Kernels
+from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.optimizers import OPTIMIZERS
 from cuda_on_cpu.emulator import Operation
@@ -145,7 +149,7 @@ def operate(backend, operation, tile, m, n, k, offset):
 @every_tile
 def test_every_tile(checked, monkeypatch, dtype, tile, operation, edge):
     monkeypatch.setattr(cuda_plan, "tile", lambda *_: tile)
-    monkeypatch.setattr(cuda_plan, "parts", lambda n_rows, *_: cuda_plan.Parts(tile, *parts_of(n_rows, tile)))
+    monkeypatch.setattr(cuda_plan, "parts", lambda n_rows, *_, **__: cuda_plan.Parts(tile, *parts_of(n_rows, tile)))
     backend = CudaBackend(checked).computing_in(dtype)
     m, n, k = EDGES[edge](tile)
     for actual, exact, naive in operate(backend, operation, tile, m, n, k, offset=0 if edge == "aligned" else 1):
@@ -179,27 +183,128 @@ def test_an_operation_repeats_to_the_bit(fast):
 # The plan
 
 
+H100 = cuda_plan.Device(90, 132, 227 << 10, 228 << 10, 13.0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 31, 32, 33, 1000, 1024, 1025, 16384, 1_000_003])
 @pytest.mark.parametrize("dtype", cuda_plan.TILES)
-def test_parts_take_all_rows_and_none_is_long(n_rows, dtype):
+def test_parts_take_all_rows_and_none_is_long(n_rows, dtype, whole):
     for n_in, n_out in ((1, 1), (784, 256), (4096, 4096)):
-        plan = cuda_plan.parts(n_rows, n_in, n_out, dtype, 132)
+        plan = cuda_plan.parts(n_rows, n_in, n_out, dtype, H100, whole=whole)
         assert (plan.n_parts - 1) * plan.rows_per_part < n_rows <= plan.n_parts * plan.rows_per_part
         assert plan.rows_per_part % plan.tile.k == 0
         assert plan.rows_per_part <= cuda_plan.MOST_ROWS_PER_PART
 
 
-@every_tile
-def test_every_tile_fits_into_every_gpus_shared_memory(dtype, tile):
-    """64 KiB, compute capability 7.5."""
-    assert max(tile.shared_bytes(layout) for layout in cuda_plan.LAYOUTS.values()) <= 64 << 10
+def test_no_grid_is_too_large():
+    """Along y and z there are 65,535 blocks at most."""
+    plan = cuda_plan.parts(2**31 - 1, 30, 5, "float32", H100)
+    assert plan.n_parts <= 65_535
+    assert plan.n_parts * plan.rows_per_part >= 2**31 - 1
+    assert plan.rows_per_part % plan.tile.k == 0
+    wide = cuda_plan.tile(8, 4_000_000, 8, "float32", H100)
+    assert wide.blocks(1, 4_000_000) <= 65_535
+    assert cuda_plan.parts(8, 8, 4_000_000, "float32", H100).tile.blocks(1, 4_000_000) <= 65_535
+    for plan_of in (cuda_plan.tile, cuda_plan.parts):
+        with pytest.raises(ValueError, match="at most 4 million outputs"):
+            plan_of(8, 8, 10**7, "float32", H100) if plan_of is cuda_plan.parts else plan_of(
+                8, 10**7, 8, "float32", H100
+            )
+
+
+GPUS = {
+    "T4": cuda_plan.Device(75, 40, 64 << 10, 64 << 10, 5.0),
+    "A100": cuda_plan.Device(80, 108, 163 << 10, 164 << 10, 10.2),
+    "RTX 3090": cuda_plan.Device(86, 82, 99 << 10, 100 << 10, 6.7),
+    "H100": H100,
+    "RTX 5090": cuda_plan.Device(120, 170, 99 << 10, 100 << 10, 4.4),
+}
+SHAPES = [
+    (200, 64, 30),
+    (128, 256, 784),
+    (512, 1024, 784),
+    (16384, 64, 64),
+    (16384, 10, 64),
+    (4096, 4096, 4096),
+    (1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_a_plan_takes_only_what_the_gpu_holds(gpu):
+    for dtype, number in cuda_plan.NUMBERS.items():
+        if gpu.capability < number.oldest_capability:
+            with pytest.raises(ValueError, match=f"no kernels for {dtype} on a GPU of compute capability 7.5"):
+                cuda_plan.tile(8, 8, 8, dtype, gpu)
+            continue
+        for m, n, k in SHAPES:
+            for tile in (cuda_plan.tile(m, n, k, dtype, gpu), cuda_plan.parts(m, n, k, dtype, gpu).tile):
+                shared = max(map(tile.shared_bytes, cuda_plan.LAYOUTS.values())) + cuda_plan.STATIC_BYTES
+                assert shared <= gpu.shared_per_block
+
+
+def test_a_plan_goes_by_the_shared_memory_of_a_block():
+    """Of a GPU that has little of it, no large tile."""
+    little = H100._replace(shared_per_block=40 << 10)
+    for dtype in cuda_plan.TILES:
+        assert cuda_plan.tile(4096, 4096, 4096, dtype, H100) != cuda_plan.tile(4096, 4096, 4096, dtype, little)
+        assert cuda_plan.parts(16384, 4096, 4096, dtype, little).tile in little.tiles(dtype)
+    with pytest.raises(ValueError, match="with 1024 bytes of shared memory for a block; choose another dtype"):
+        cuda_plan.tile(8, 8, 8, "float32", H100._replace(shared_per_block=1024))
+
+
+def test_a_plan_goes_by_processors_rates_and_copies():
+    """Few slow processors are full with large tiles; many fast ones need smaller ones."""
+    for dtype, shape in (("float32", (512, 1024, 784)), ("float16", (512, 1024, 1024))):
+        small, large = (cuda_plan.tile(*shape, dtype, GPUS[name]) for name in ("H100", "T4"))
+        assert large.m * large.n > small.m * small.n
+    rows = (200, 30, 64, "float32")
+    assert cuda_plan.parts(*rows, H100).n_parts > cuda_plan.parts(*rows, H100._replace(n_processors=2)).n_parts
+    # Where copies are not asynchronous, a stage is dearer, and rounds that wait for them are.
+    wide = (512, 1024, 784, "float64")
+    assert cuda_plan.tile(*wide, GPUS["T4"]) != cuda_plan.tile(*wide, GPUS["T4"]._replace(capability=80))
+    # Where memory is slow, parts are dearer.
+    wide = (4096, 256, 256, "float32")
+    slow = H100._replace(bytes_per_cycle=0.1)
+    assert cuda_plan.parts(*wide, slow).n_parts < cuda_plan.parts(*wide, H100).n_parts
+
+
+def test_what_a_device_reports_is_what_the_plan_goes_by(emulated):
+    """Clocks as well, where CUDA reports them."""
+    cp = emulated(compute_capability="86")
+    gpu = CudaBackend(cp).kernels.gpu
+    assert (gpu.capability, gpu.n_processors, gpu.shared_per_block, gpu.shared_per_processor) == (
+        86,
+        132,
+        99 << 10,
+        100 << 10,
+    )
+    attributes = dict(cp.cuda.Device().attributes)
+    assert gpu.bytes_per_cycle == cuda_plan.H100_BYTES_PER_CYCLE
+    reported = {"ClockRate": 1_980_000, "MemoryClockRate": 2_619_000, "GlobalMemoryBusWidth": 5120}
+    assert cuda_plan.device(90, attributes | reported).bytes_per_cycle == pytest.approx(12.8, abs=0.1)
+    newer = cuda_plan.device(103, attributes)
+    assert newer.rate("float32") == cuda_plan.RATES[100].float32
+
+
+@pytest.mark.parametrize("capability", ["75", "86"])
+def test_every_tile_that_a_gpu_holds_can_be_launched_there(emulated, capability):
+    backend = CudaBackend(emulated(compute_capability=capability))
+    for dtype in ("float32", "float16"):
+        largest = max(backend.kernels.gpu.tiles(dtype), key=lambda tile: tile.m * tile.n)
+        array = NUMBERS[dtype].array
+        operands = [backend.zeros((8, 8), array) for _ in range(2)]
+        outputs = [backend.empty(shape, "float32") for shape in ((1, 8, 8), (1, 8))]
+        backend.kernels.dense_gradients(*operands, *outputs, cuda_plan.Parts(largest, 1, largest.k))()
+        assert not outputs[0].get().any()
 
 
 def test_small_batches_and_skinny_outputs_get_small_tiles():
     for dtype in cuda_plan.TILES:
-        assert cuda_plan.tile(128, 256, 784, dtype, 132).m <= 64
-        assert cuda_plan.tile(16384, 10, 64, dtype, 132).n <= 32
-        assert cuda_plan.tile(4096, 4096, 4096, dtype, 132).m >= 64
+        assert cuda_plan.tile(128, 256, 784, dtype, H100).m <= 64
+        assert cuda_plan.tile(16384, 10, 64, dtype, H100).n <= 32
+        assert cuda_plan.tile(4096, 4096, 4096, dtype, H100).m >= 64
 
 
 # Whole steps
@@ -321,23 +426,57 @@ def run(trainer, n_rows, batch_size=32, first_step=0, after_step=lambda n_rows: 
     return trainer.run(np.arange(n_rows), np.full(n_steps, 0.01), np.zeros(n_steps), first_step, after_step)
 
 
-def test_an_epoch_stays_on_the_device(emulated, on):
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [("float32", bp.Adam()), ("float32", bp.Adam(clip_norm=0.1)), ("float16", bp.Adam())]
+)
+def test_an_epoch_stays_on_the_device(emulated, on, dtype, optimizer):
     """3 L + 2 launches a step, all of them from graphs; one synchronisation, no allocation in a second epoch."""
     cp = emulated()
     on(cp)
     X, y = data(n=331)
-    net = bp.MLP(SIZES, backend="cuda")
-    trainer = net.ops.trainer(job_of(net, X, y))
+    net = bp.MLP(SIZES, backend="cuda", dtype=dtype)
+    trainer = net.ops.trainer(job_of(net, X, y, optimizer=optimizer))
     run(trainer, 331)
     cp.emulator.reset()
     run(trainer, 331, first_step=11)
     counters = cp.emulator.counters
-    assert counters.launches.total() == 11 * (3 * 3 + 2)
-    assert not counters.direct_launches
+    copies = 0 if dtype == "float32" else 1  # of the parameters, once a run
+    assert counters.launches.total() == 11 * (3 * 3 + 2) + copies
+    assert counters.direct_launches.total() == copies
     assert counters.graph_launches == 4  # 8 steps, 2, and the last 11 rows
     assert counters.synchronisations == 1
     assert counters.allocations == 0
     assert counters.captures == 0
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", cuda_plan.TILES)
+def test_every_step_is_three_launches_a_layer_and_two(emulated, on, monkeypatch, dtype, n_layers):
+    """Whatever the optimizer, clipped or not, with and without dropout."""
+    launches = []
+    note = lambda name: lambda *_, **__: launches.append(name)  # noqa: E731
+    monkeypatch.setattr(Kernels, "function", lambda self, file, expression, shared_bytes=0: note(expression))
+    cp = emulated()
+    on(cp)
+    sizes = [*[13, 19, 11, 7][:n_layers], 3]
+    X, y = data(n=32)
+    for name, clip_norm, rate in itertools.product(OPTIMIZERS, (None, 0.1), (0.0, 0.5)):
+        net = bp.MLP(sizes, backend="cuda", dtype=dtype, dropout=rate if n_layers > 1 else 0.0)
+        job = job_of(net, X, y, optimizer=replace(bp.optimizers.get(name), clip_norm=clip_norm))
+        trainer = net.ops.trainer(job)
+        step = trainer._step(32)
+        launches.clear()
+        with trainer.stream:
+            step(trainer.stream, trainer.beside)
+        assert len(launches) == 3 * n_layers + 2, launches
+
+
+def test_clipped_steps_give_the_same_bits_under_every_schedule(emulated, on):
+    """The last block of a tile makes its whole gradients, whichever that is."""
+    on(emulated(schedules=cuda_on_cpu.SCHEDULES))
+    X, y = data(n=101)
+    settings = {"optimizer": bp.AdamW(clip_norm=0.1), "alpha": 0.01, "epochs": 1, "batch_size": 101}
+    assert_same_run(trained("cuda", X, y, **settings), trained("numpy", X, y, **settings))
 
 
 def test_a_caller_that_has_enough_stops_the_run_there(fast, on, monkeypatch):
@@ -520,15 +659,31 @@ def driver(**settings):
 
         return ask
 
-    settings = {"driver": 13000, "built_for": 12090, "n_devices": 1, "capability": "90", **settings}
+    defaults = {
+        "driver": 13000,
+        "built_for": 12090,
+        "n_devices": 1,
+        "capability": "90",
+        "nvrtc": (12, 9),
+        "free": 1 << 30,
+    }
+    settings = {**defaults, **settings}
     runtime = SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
         driverGetVersion=answer(settings["driver"]),
         runtimeGetVersion=answer(settings["built_for"]),
         getDeviceCount=answer(settings["n_devices"]),
     )
-    device = SimpleNamespace(compute_capability=settings["capability"])
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: device))
+
+    class Device:
+        compute_capability = settings["capability"]
+
+        @property
+        def mem_info(self):
+            return answer(settings["free"])(), 80 << 30
+
+    nvrtc = SimpleNamespace(getVersion=answer(settings["nvrtc"]))
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=Device, nvrtc=nvrtc))
 
 
 @pytest.mark.parametrize(
@@ -539,6 +694,9 @@ def driver(**settings):
         ({"driver": 11080}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
         ({"driver": 12040, "built_for": 13000}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
         ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
+        ({"nvrtc": "failed to load libnvrtc.so.12"}, "no NVRTC.*libnvrtc.so.12.*CUDA 12 toolkit.*'cupy-cuda12x.ctk"),
+        ({"free": 3 << 20}, "3 of the GPU's 81920 MiB are free, and 32 are the least.*end what else runs"),
+        ({"free": "cudaErrorDevicesUnavailable"}, "cannot be used .cudaErrorDevicesUnavailable.; end what else runs"),
     ],
 )
 def test_a_machine_that_cannot_says_why(settings, reason):
@@ -588,6 +746,37 @@ def test_out_of_memory_says_how_much_was_wanted_and_what_to_change(emulated, on)
     cp.emulator.memory_size = 80 << 30
     assert np.array_equal(net.ops.to_numpy(net.parameters), before)
     net.fit(X, y, batch_size=10, epochs=1)
+
+
+def test_no_memory_for_an_array_says_what_is_free(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data()
+    net = bp.MLP(SIZES, backend="cuda")
+    before = net.ops.to_numpy(net.parameters)
+    cp.emulator.memory_size = cp.emulator.memory.used + 1000
+    for act in (
+        lambda: bp.MLP([SIZES[0], 4096, 3], backend="cuda"),
+        lambda: net.predict_proba(X),
+        lambda: net.backprop(X, y),
+        lambda: net.ops.zeros((5000,), "float32"),
+    ):
+        with pytest.raises(MemoryError, match=r"0 of the GPU's \d+ MiB are free.*take fewer rows at a time"):
+            act()
+    cp.emulator.memory_size = 80 << 30
+    assert np.array_equal(net.ops.to_numpy(net.parameters), before)
+
+
+@pytest.mark.parametrize("settings", [{"free": 3 << 20}, {"n_devices": 0}])
+def test_auto_falls_back_and_says_why(monkeypatch, caplog, settings):
+    monkeypatch.setattr(cuda, "_cupy", lambda: driver(**settings))
+    monkeypatch.setattr(selection, "_status", selection._status.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot work here: .*CUDA_VISIBLE_DEVICES.*backend='auto'"):
+        bp.get_backend("cuda")
+    caplog.set_level("INFO", "backprop_gpu")
+    assert bp.get_backend("auto").name != "cuda"
+    assert "cuda: " in caplog.text
+    assert "CUDA_VISIBLE_DEVICES" in caplog.text
 
 
 def test_dropout_of_the_operations_and_of_the_steps_is_the_same(fast):
@@ -691,6 +880,7 @@ def uses_cublas(launch):
 def test_cublas_with_a_fused_pass_gives_the_same_run(cublas, monkeypatch, dtype):
     library = cublas()
     in_favour_of(monkeypatch, uses_cublas)
+    monkeypatch.setattr(cuda_plan, "TILES", {dtype: cuda_plan.TILES[dtype][1:2]})  # one of them to compare with
     X, y = data(n=101)
     net = bp.MLP(SIZES, backend="cuda", dtype=dtype, seed=3, dropout=0.2, activation=["gelu", "tanh"])
     reference = net.copy(backend="numpy", dtype="float64" if dtype == "float64" else "float32")

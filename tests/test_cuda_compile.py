@@ -10,6 +10,8 @@ from functools import cache
 import pytest
 from cuda_nvrtc import compiler, resources, variants
 
+from backprop_gpu.backends import cuda_plan
+
 pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
 
 MACHINE_CODE = ("80", "90")
@@ -85,6 +87,7 @@ def test_the_table_has_every_representative_variant():
         assert list(row.used) == [a for a in variants.ARCHITECTURES if variant.runs_on(a)]
         assert max(registers for registers, _ in row.used.values()) <= resources.most_registers(variant)
         assert row.shared_bytes == variant.shared_bytes
+        assert row.static_shared <= cuda_plan.STATIC_BYTES
 
 
 # Machine code

@@ -96,6 +96,16 @@ extern "C" __global__ void past_local(const float* x, float* y, int n) {
     a[i] = x[i];  // past_local
   y[0] = a[n / 2];
 }
+struct Sums {
+  int n;
+  float of[4];
+};
+extern "C" __global__ void past_a_struct(float* y, int n) {
+  Sums sums;
+  for (int i = 0; i < n; ++i)
+    sums.of[i] = y[i];  // past_a_struct
+  y[0] = sums.of[n / 2];
+}
 extern "C" __global__ void uninitialised(float* y) {
   __shared__ float s[32];
   if (threadIdx.x < 31) s[threadIdx.x] = 1;
@@ -306,6 +316,48 @@ def test_local_array_out_of_bounds(checked):
     with pytest.raises(EmulationError, match="array index out of bounds") as error:
         get("past_local")((1,), (1,), (x, y, i4(5)))
     assert bug_line("past_local") in str(error.value)
+
+
+def test_last_array_of_a_struct_out_of_bounds(checked):
+    """Not taken for one of the old kind, that goes on behind its struct."""
+    cp, get = checked
+    y = cp.zeros(8, f4)
+    get("past_a_struct")((1,), (1,), (y, i4(4)))
+    with pytest.raises(EmulationError, match="array index out of bounds") as error:
+        get("past_a_struct")((1,), (1,), (y, i4(5)))
+    assert bug_line("past_a_struct") in str(error.value)
+
+
+def test_static_and_dynamic_shared_memory_count_together(cp):
+    """A block without asking has 48 KiB of both; one that asks, what the device has."""
+    code = """extern "C" __global__ void f(int* x) {
+      __shared__ int s[4];
+      extern __shared__ int t[];
+      s[threadIdx.x] = t[threadIdx.x] = 1;
+      x[threadIdx.x] = s[threadIdx.x] + t[threadIdx.x];
+    }"""
+    f, x = kernels(cp, code)("f"), cp.zeros(4, i4)
+    f((1,), (4,), (x,), shared_mem=(48 << 10) - 16)
+    with pytest.raises(
+        EmulationError, match="16 bytes of static and 49152 of dynamic shared memory are more than 49152"
+    ):
+        f((1,), (4,), (x,), shared_mem=48 << 10)
+    f.max_dynamic_shared_size_bytes = (48 << 10) + 4
+    f((1,), (4,), (x,), shared_mem=(48 << 10) + 4)
+
+
+def test_the_last_blocks_alone(cp):
+    code = 'extern "C" __global__ void f(int* x) { x[blockIdx.y * gridDim.x + blockIdx.x] = 1; }'
+    x = cp.zeros(12, i4)
+    cp.emulator.last_blocks = 5
+    kernels(cp, code)("f")((3, 4), (1,), (x,))
+    assert x.get().tolist() == [0] * 7 + [1] * 5
+
+
+def test_large_arrays_take_no_room(cp):
+    x = cp.empty(1 << 33, f4)  # 32 GiB
+    x[-3:] = 7.0
+    assert x[-4:].get().tolist() == [0, 7, 7, 7]
 
 
 def test_read_of_what_nothing_wrote(checked):

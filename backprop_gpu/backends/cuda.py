@@ -6,7 +6,8 @@ GPU already, CuPy's own or of any library with DLPack or the CUDA array interfac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from backprop_gpu.activations import Activation
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Backend, Dropout, Trainer, TrainingJob
-from backprop_gpu.backends.cuda_kernels import Kernels, step_numbers, stretches
+from backprop_gpu.backends.cuda_kernels import Kernels, Whole, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_step import StepTrainer
 from backprop_gpu.losses import Loss
@@ -26,6 +27,8 @@ __all__ = ["BACKEND", "CudaBackend", "probe"]
 OLDEST_CAPABILITY = 75
 OLDEST_DRIVER = 12000
 """CUDA version that the driver must offer, as CUDA counts: 12.0."""
+LEAST_MEMORY = 32 << 20
+"""Bytes that must be free: less than the kernels' machine code and a small network take."""
 
 
 def probe(cp: Any = None) -> str | None:
@@ -50,6 +53,32 @@ def probe(cp: Any = None) -> str | None:
             f"the GPU has compute capability {capability / 10}, and the kernels need {OLDEST_CAPABILITY / 10} (Turing) "
             "or newer; choose another GPU by CUDA_VISIBLE_DEVICES"
         )
+    return _no_compiler(cp) or _no_memory(cp)
+
+
+def _no_compiler(cp: Any) -> str | None:
+    """CuPy is there without NVRTC where its wheel is installed alone."""
+    try:
+        cp.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        major = cp.cuda.runtime.runtimeGetVersion() // 1000
+        return (
+            f"CuPy finds no NVRTC, which compiles the kernels ({error}); install the CUDA {major} toolkit, or "
+            f"pip install 'cupy-cuda{major}x[ctk]'"
+        )
+    return None
+
+
+def _no_memory(cp: Any) -> str | None:
+    try:
+        free, total = cp.cuda.Device().mem_info
+    except cp.cuda.runtime.CUDARuntimeError as error:  # no room for CUDA's own, or another process has the GPU
+        return f"the GPU cannot be used ({error}); end what else runs on it, or choose another by CUDA_VISIBLE_DEVICES"
+    if free < LEAST_MEMORY:
+        return (
+            f"{free >> 20} of the GPU's {total >> 20} MiB are free, and {LEAST_MEMORY >> 20} are the least to work "
+            "with; end what else runs on it, or choose another GPU by CUDA_VISIBLE_DEVICES"
+        )
     return None
 
 
@@ -72,7 +101,7 @@ class CudaBackend(Backend):
         self.cp = cp or _cupy()
         self.kernels = Kernels(self.cp)
         self.dtype = dtype
-        capability = int(self.cp.cuda.Device().compute_capability)
+        capability = self.kernels.gpu.capability
         self.dtypes = tuple(name for name, number in NUMBERS.items() if capability >= number.oldest_capability)
 
     def computing_in(self, dtype: str) -> CudaBackend:
@@ -95,10 +124,23 @@ class CudaBackend(Backend):
         Raises ValueError for an array on another device.
         """
         cp = self.cp
-        if not isinstance(x, cp.ndarray):
-            x = self._taken(x, dtype)
-        self._check_device("the array", x)
-        return cp.ascontiguousarray(x, dtype)
+        with self._memory_told():
+            if not isinstance(x, cp.ndarray):
+                x = self._taken(x, dtype)
+            self._check_device("the array", x)
+            return cp.ascontiguousarray(x, dtype)
+
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """Out of memory: what is free, and what to change."""
+        try:
+            yield
+        except self.cp.cuda.memory.OutOfMemoryError as error:
+            free, total = self.cp.cuda.Device().mem_info
+            raise MemoryError(
+                f"no memory for an array: {free >> 20} of the GPU's {total >> 20} MiB are free ({error}); take fewer "
+                "rows at a time, free other arrays (cupy.get_default_memory_pool().free_all_blocks()), or backend='cpu'"
+            ) from error
 
     def _check_device(self, name: str, x: Array) -> None:
         here = self.cp.cuda.Device().id
@@ -133,11 +175,13 @@ class CudaBackend(Backend):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array on the current device."""
-        return self.cp.empty(shape, dtype)
+        with self._memory_told():
+            return self.cp.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros on the current device."""
-        return self.cp.zeros(shape, dtype)
+        with self._memory_told():
+            return self.cp.zeros(shape, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """A copy of `x` on the host."""
@@ -226,14 +270,11 @@ class CudaBackend(Backend):
         self._check_arrays(a_prev=a_prev, delta=delta, W=W, dW=dW, db=db)
         cp, kernels = self.cp, self.kernels
         n_in, n_out = dW.shape
-        plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.n_processors)
+        plan = cuda_plan.parts(len(delta), n_in, n_out, self.dtype or delta.dtype.name, kernels.gpu, whole=True)
         parts_W = cp.empty((plan.n_parts, n_in, n_out), dW.dtype)
         parts_b = cp.empty((plan.n_parts, n_out), dW.dtype)
-        kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan)()
-        for parts, out, weights in ((parts_W, dW, W), (parts_b, db, None)):
-            table = cp.asarray(stretches([(out.size, plan.n_parts, weights is not None)]))
-            n_blocks = kernels.parameter_blocks([out.size])
-            kernels.sum_parts(parts, table, n_blocks, weights, out, alpha=alpha, accumulate=accumulate)()
+        whole = Whole(dW, db, W, alpha, accumulate)
+        kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan, whole)()
 
     def _update(
         self,
@@ -250,12 +291,7 @@ class CudaBackend(Backend):
         counts = [count for count in (n_weights, parameters.size - n_weights) if count]
         whole = [(count, 1, count == n_weights and i == 0) for i, count in enumerate(counts)]
         table, n_blocks = cp.asarray(stretches(whole, 1)), kernels.parameter_blocks(counts)
-        gradient_scale = None
-        if optimizer.clip_norm is not None:
-            gradient_scale = cp.empty((1,), "float64")
-            scratch = kernels.scratch(n_blocks)
-            clip = {"clip_norm": optimizer.clip_norm, "gradient_scale": gradient_scale, "scratch": scratch}
-            kernels.sum_parts(gradients, table, n_blocks, None, gradients, **clip)()
+        squares = None if optimizer.clip_norm is None else self.sum_squares(gradients).reshape(1)
         numbers = step_numbers(optimizer, np.array([learning_rate]), np.zeros(1), step - 1)
         kernels.update(
             parameters,
@@ -265,9 +301,9 @@ class CudaBackend(Backend):
             n_blocks,
             optimizer,
             numbers=cp.asarray(numbers),
-            gradient_scale=gradient_scale,
             counters=cp.zeros((2,), "uint32"),
             losses=cp.zeros((1,), "float64"),
+            squares=squares,
             scratch=kernels.scratch(n_blocks),
         )()
 

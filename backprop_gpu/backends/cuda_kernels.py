@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,16 @@ from backprop_gpu.backends.cuda_plan import LAYOUTS, NUMBERS, Parts, Tile
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
-__all__ = ["STEP_NUMBERS", "Kernels", "Launch", "step_numbers", "stretches"]
+__all__ = ["STEP_NUMBERS", "Kernels", "Launch", "Whole", "step_numbers", "stretches"]
 
 THREADS = 128
 """Threads of a block, in every kernel but the products."""
 
 BLOCK_PARAMETERS = 4 * THREADS
-"""Parameters that a block of `update` or `sum_parts` takes, all of one stretch."""
+"""Parameters that a block of `update` takes, all of one stretch."""
+
+UNASKED_SHARED_BYTES = (48 << 10) - cuda_plan.STATIC_BYTES
+"""Dynamic shared memory that a kernel gets without asking, beside its static variables."""
 
 MOST_BLOCKS = 1024
 """Of a sum over a whole array."""
@@ -56,6 +59,25 @@ class Launch:
     def __call__(self) -> None:
         """On the current stream."""
         self.kernel(self.grid, (self.threads,), self.arguments, shared_mem=self.shared_bytes)
+
+
+class Whole(NamedTuple):
+    """Whole gradients of a layer, where parts will not do: sum of the parts / loss scale + alpha W."""
+
+    dW: Array
+    """(n_in, n_out)"""
+    db: Array
+    """(n_out,)"""
+    W: Array | None = None
+    alpha: float = 0.0
+    accumulate: bool = False
+    """Adds to dW and db, instead of overwriting them."""
+    numbers: Array | None = None
+    """The table whose alpha counts, at the row that `steps_done` says."""
+    steps_done: Array | None = None
+    loss_scale: Array | None = None
+    squares: Array | None = None
+    """(1,), for the sum of all squares, in float64."""
 
 
 def blocks_of(n: int, per_block: int) -> int:
@@ -90,7 +112,7 @@ class Kernels:
         sources = sorted([*self.folder.glob("*.cu"), *self.folder.glob("*.cuh")])
         self.digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         self._functions: dict[tuple[int, str], Any] = {}
-        self._n_processors: dict[int, int] = {}
+        self._gpus: dict[int, cuda_plan.Device] = {}
 
     def function(self, file: str, expression: str, shared_bytes: int = 0) -> Any:
         """The kernel of that name from kernels/cuda/, compiled for the current device."""
@@ -102,22 +124,22 @@ class Kernels:
                 name_expressions=(expression,),
             )
             function = module.get_function(expression)
-            if shared_bytes > 48 << 10:
+            if shared_bytes > UNASKED_SHARED_BYTES:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             self._functions[key] = function
         return self._functions[key]
 
     @property
-    def n_processors(self) -> int:
-        """Streaming multiprocessors of the current device."""
+    def gpu(self) -> cuda_plan.Device:
+        """The current device, as the plan sees it."""
         device = self.cp.cuda.Device()
-        if device.id not in self._n_processors:  # CuPy asks the driver for all attributes of a device each time
-            self._n_processors[device.id] = int(device.attributes["MultiProcessorCount"])
-        return self._n_processors[device.id]
+        if device.id not in self._gpus:  # CuPy asks the driver for all attributes of a device each time
+            self._gpus[device.id] = cuda_plan.device(int(device.compute_capability), device.attributes)
+        return self._gpus[device.id]
 
-    def scratch(self, n_blocks: int) -> tuple[Array, Array]:
-        """(of_block, ticket) for a sum over so many blocks; launches that may run at once need one each."""
-        return self.cp.empty((n_blocks,), "float64"), self.cp.zeros((1,), "uint32")
+    def scratch(self, n_blocks: int, n_tickets: int = 1) -> tuple[Array, Array]:
+        """(of_block, tickets) for a sum over so many blocks; launches that may run at once need one each."""
+        return self.cp.empty((n_blocks,), "float64"), self.cp.zeros((n_tickets,), "uint32")
 
     # Products
 
@@ -137,7 +159,7 @@ class Kernels:
     ) -> Launch:
         """a = σ(z), z = a_prev W + b; `steps_done` is a counter on the device that is added to the dropout's step."""
         (n_rows, n_in), n_out = a_prev.shape, W.shape[1]
-        tile = tile or cuda_plan.tile(n_rows, n_out, n_in, dtype, self.n_processors)
+        tile = tile or cuda_plan.tile(n_rows, n_out, n_in, dtype, self.gpu)
         name = self._product("dense_forward", tile, a_prev, W, _number(a, dtype), struct_of(sigma), dropout)
         arguments = (a_prev, W, b, a, _or_null(z), *_sizes(n_rows, n_in, n_out), *_dropout(dropout, steps_done))
         return self._launch_product("dense_forward", name, tile, (n_rows, n_out), arguments)
@@ -157,19 +179,24 @@ class Kernels:
     ) -> Launch:
         """delta = (delta_next W_nextᵀ) ⊙ σ′."""
         (n_rows, n_next), n_out = delta_next.shape, W_next.shape[0]
-        tile = tile or cuda_plan.tile(n_rows, n_out, n_next, dtype, self.n_processors)
+        tile = tile or cuda_plan.tile(n_rows, n_out, n_next, dtype, self.gpu)
         number = _number(delta, dtype)
         name = self._product("dense_backward", tile, delta_next, W_next, number, struct_of(sigma), dropout)
         sizes = _sizes(n_rows, n_next, n_out)
         arguments = (delta_next, W_next, kept, delta, *sizes, *_dropout(dropout, steps_done))
         return self._launch_product("dense_backward", name, tile, (n_rows, n_out), arguments)
 
-    def dense_gradients(self, a_prev: Array, delta: Array, dW: Array, db: Array, parts: Parts) -> Launch:
-        """dW (n_parts, n_in, n_out) and db (n_parts, n_out): each part sums over its own rows."""
+    def dense_gradients(
+        self, a_prev: Array, delta: Array, dW: Array, db: Array, parts: Parts, whole: Whole | None = None
+    ) -> Launch:
+        """dW (n_parts, n_in, n_out) and db (n_parts, n_out): each part sums over its own rows; and whole gradients."""
         (n_rows, n_in), n_out = a_prev.shape, delta.shape[1]
         tile = parts.tile
+        n_tiles = tile.blocks(n_in, n_out)
         name = f"dense_gradients<{tile.expression}, {_access(a_prev)}, {_access(delta)}>"
-        arguments = (a_prev, delta, dW, db, *_sizes(n_rows, n_in, n_out, parts.rows_per_part))
+        sizes = _sizes(n_rows, n_in, n_out, parts.rows_per_part)
+        scratch = (NULL, NULL) if whole is None else self.scratch(n_tiles, 1 + n_tiles)
+        arguments = (a_prev, delta, dW, db, *sizes, *_whole(whole), *scratch)
         return self._launch_product("dense_gradients", name, tile, (n_in, n_out), arguments, parts.n_parts)
 
     @staticmethod
@@ -248,6 +275,14 @@ class Kernels:
         grid = (blocks_of(n_out, THREADS), parts.n_parts)
         return Launch(function, grid, THREADS, (delta, db, *_sizes(n_rows, n_out, parts.rows_per_part)))
 
+    def whole_gradients(self, dW: Array, db: Array, whole: Whole) -> Launch:
+        """Whole gradients of dW (n_parts, n_in, n_out) and db (n_parts, n_out)."""
+        n_parts, n_in, n_out = dW.shape
+        function = self.function("dense_gradients.cu", f"whole_gradients<{_number(dW)}>")
+        n_blocks = blocks_of((n_in + 1) * blocks_of(n_out, 4), THREADS)
+        arguments = (dW, db, *_sizes(n_parts, n_in, n_out), *_whole(whole), *self.scratch(n_blocks))
+        return Launch(function, (n_blocks,), THREADS, arguments)
+
     # The output layer
 
     def output_forward(self, z: Array, a: Array, sigma: str) -> Launch:
@@ -305,7 +340,7 @@ class Kernels:
 
     @staticmethod
     def parameter_blocks(counts: list[int]) -> int:
-        """Blocks of `update` and `sum_parts` for stretches of so many parameters."""
+        """Blocks of `update` for stretches of so many parameters."""
         return sum(blocks_of(count, BLOCK_PARAMETERS) for count in counts)
 
     def update(
@@ -318,14 +353,18 @@ class Kernels:
         optimizer: Optimizer,
         *,
         numbers: Array,
-        gradient_scale: Array | None,
         counters: Array,
         losses: Array,
         scratch: tuple[Array, Array],
+        squares: Array | None = None,
+        loss_scale: Array | None = None,
         copy: Array | None = None,
         dtype: str = "",
     ) -> Launch:
-        """One pass of the optimizer over all parameters, and their narrow copy; counts the step in both counters."""
+        """One pass of the optimizer over all parameters, and their narrow copy; counts the step in both counters.
+
+        Where there are `squares`, whose sum is that of all gradients' squares, the gradients are whole, and clipped.
+        """
         number = _number(parameters)
         struct, settings = _optimizer(optimizer)
         two_slots = "true" if len(slots) == 2 else "false"
@@ -334,35 +373,9 @@ class Kernels:
         slot_1, slot_2 = slots[0], slots[1] if len(slots) == 2 else NULL
         arguments = (
             *(parameters, slot_1, slot_2, _or_null(copy), parts, table, np.int32(table.shape[0])),
-            *(numbers, _or_null(gradient_scale), *(np.float64(setting) for setting in settings)),
-            *(counters, losses, *scratch),
-        )
-        return Launch(function, (n_blocks,), THREADS, arguments)
-
-    def sum_parts(
-        self,
-        parts: Array,
-        table: Array,
-        n_blocks: int,
-        parameters: Array | None,
-        gradients: Array,
-        *,
-        alpha: float = 0.0,
-        numbers: Array | None = None,
-        steps_done: Array | None = None,
-        accumulate: bool = False,
-        clip_norm: float = math.inf,
-        gradient_scale: Array | None = None,
-        loss_scale: Array | None = None,
-        scratch: tuple[Array, Array] | None = None,
-    ) -> Launch:
-        """The gradients in one flat vector, and the factor that clips them where `gradient_scale` is given."""
-        function = self.function("update.cu", f"sum_parts<{_number(parts)}>")
-        of_block, ticket = scratch or (NULL, NULL)
-        arguments = (
-            *(parts, table, np.int32(table.shape[0]), _or_null(parameters), gradients, np.float64(alpha)),
-            *(_or_null(numbers), _or_null(steps_done), np.int32(accumulate), np.float64(clip_norm)),
-            *(_or_null(gradient_scale), _or_null(loss_scale), of_block, ticket),
+            *(numbers, _or_null(squares), np.int32(0 if squares is None else squares.size)),
+            *(np.float64(math.inf if optimizer.clip_norm is None else optimizer.clip_norm), _or_null(loss_scale)),
+            *(*(np.float64(setting) for setting in settings), counters, losses, *scratch),
         )
         return Launch(function, (n_blocks,), THREADS, arguments)
 
@@ -399,6 +412,16 @@ def _or_null(x: Array | None) -> Any:
 
 def _sizes(*sizes: int) -> tuple[Any, ...]:
     return tuple(np.int32(size) for size in sizes)
+
+
+def _whole(whole: Whole | None) -> tuple[Any, ...]:
+    if whole is None:
+        return (NULL, NULL, NULL, np.float64(0), np.int32(0), NULL, NULL, NULL, NULL)
+    pointers = (whole.numbers, whole.steps_done, whole.loss_scale, whole.squares)
+    return (
+        *(_or_null(whole.W), whole.dW, whole.db, np.float64(whole.alpha), np.int32(whole.accumulate)),
+        *(_or_null(pointer) for pointer in pointers),
+    )
 
 
 def _access(x: Array) -> int:

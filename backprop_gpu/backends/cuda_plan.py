@@ -1,4 +1,4 @@
-"""Which tile a product takes on a GPU, and in how many parts a batch's gradients are summed: by sizes alone.
+"""Which tile a product takes on a GPU, and in how many parts a batch's gradients are summed: by sizes and the device.
 
 The names and sizes here are those of `kernels/cuda/gemm.cuh` and `tensor_cores.cuh`. `efficiency` is a tile's speed in
 multiply-adds while all processors are busy, relative to the largest tile of its dtype: not yet measured, but put down
@@ -9,11 +9,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "NUMBERS", "TILES", "Layout", "Number", "Parts", "Tile", "parts", "tile"]
+__all__ = [
+    "LAYOUTS",
+    "NUMBERS",
+    "RATES",
+    "TILES",
+    "Device",
+    "Layout",
+    "Number",
+    "Parts",
+    "Tile",
+    "device",
+    "parts",
+    "tile",
+]
 
 
 class Number(NamedTuple):
@@ -183,23 +197,136 @@ TILES: dict[str, tuple[Tile, ...]] = {
 }
 """By dtype: a large tile for reuse, smaller and narrow ones for small batches and skinny matrices."""
 
-RATES = {"float32": 128, "float64": 64, "tf32": 512, "bfloat16": 1024, "float16": 1024}
-"""Multiply-adds per cycle of a processor of compute capability 9.0; others have their cores in like proportions."""
 
-BLOCK_CYCLES, STAGE_CYCLES = 1500, 80
-"""What a block waits beside its multiply-adds: for its first tiles and its epilogue, and at each stage's barrier."""
+# What a GPU can
 
 
-def _duration(tile: Tile, n_blocks: int, k: int, n_processors: int) -> float:
+class Rates(NamedTuple):
+    """Multiply-adds per cycle of one processor, by the dtype of the operands; sums of narrow ones in float32."""
+
+    float32: int
+    float64: int
+    tf32: int
+    bfloat16: int
+    float16: int
+
+
+RATES = {
+    75: Rates(64, 2, 0, 0, 512),
+    80: Rates(64, 32, 512, 1024, 1024),
+    86: Rates(128, 2, 256, 512, 512),
+    89: Rates(128, 2, 256, 512, 512),
+    90: Rates(128, 64, 512, 1024, 1024),
+    100: Rates(128, 64, 512, 1024, 1024),
+    120: Rates(128, 2, 256, 512, 512),
+}
+"""By compute capability. Ordinary cores: the table of arithmetic instructions of the CUDA C++ Programming Guide.
+
+Tensor cores: dense throughput of NVIDIA's architecture whitepapers, by processors and clock; for 9.0 and 10.0, whose
+whole rate is that of other instructions than `mma.sync`, as for 8.0. GeForce cards of 8.6, 8.9 and 12.0 have half.
+"""
+
+
+class Device(NamedTuple):
+    """What the plan asks of a GPU."""
+
+    capability: int
+    """Compute capability, times ten."""
+    n_processors: int
+    """Streaming multiprocessors."""
+    shared_per_block: int
+    """Bytes of shared memory that a block may ask for."""
+    shared_per_processor: int
+    """Bytes of shared memory that the blocks of a processor have together."""
+    bytes_per_cycle: float
+    """Of the GPU's memory, for each processor."""
+
+    def rate(self, dtype: str) -> int:
+        """Of the newest architecture in the table that is not newer."""
+        known = max(capability for capability in RATES if capability <= self.capability)
+        rate: int = getattr(RATES[known], dtype)
+        return rate
+
+    def holds(self, tile: Tile) -> bool:
+        """Whether the tile's instructions are there, and its shared memory, in every layout."""
+        there = self.capability >= NUMBERS[tile.dtype].oldest_capability
+        return there and max(map(tile.shared_bytes, LAYOUTS.values())) + STATIC_BYTES <= self.shared_per_block
+
+    def tiles(self, dtype: str) -> tuple[Tile, ...]:
+        """All that it holds; ValueError where there are none."""
+        held = tuple(tile for tile in TILES[dtype] if self.holds(tile))
+        if not held:
+            raise ValueError(
+                f"there are no kernels for {dtype} on a GPU of compute capability {self.capability / 10} with "
+                f"{self.shared_per_block} bytes of shared memory for a block; choose another dtype, or backend='cpu'"
+            )
+        return held
+
+
+def device(capability: int, attributes: Mapping[str, int]) -> Device:
+    """From what CUDA reports; clocks and the bus, where it does not, are taken to be an H100's."""
+    n_processors = attributes["MultiProcessorCount"]
+    clock, memory_clock = attributes.get("ClockRate", 0), attributes.get("MemoryClockRate", 0)  # kHz
+    per_second = 2 * memory_clock * attributes.get("GlobalMemoryBusWidth", 0) / 8  # two transfers a cycle
+    return Device(
+        capability,
+        n_processors,
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MaxSharedMemoryPerMultiprocessor"],
+        per_second / clock / n_processors if clock and per_second else H100_BYTES_PER_CYCLE,
+    )
+
+
+H100_BYTES_PER_CYCLE = 13.0
+"""3.35 TB/s, 132 processors, 1.98 GHz."""
+
+STATIC_BYTES, BYTES_PER_BLOCK = 128, 1024
+"""Shared memory beside a tile's: static variables, at most, and what CUDA takes for each block."""
+
+LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
+"""Blocks along x, y and z."""
+
+
+# What a product costs
+
+BLOCK_CYCLES = 1500
+"""What a block waits beside its multiply-adds: for its first tiles, and in its epilogue."""
+
+STAGE_CYCLES, SYNCHRONOUS_STAGE_CYCLES = 80, 500
+"""At each stage: at the barrier; and where there is no `cp.async`, before 8.0, for the stage's tiles as well."""
+
+CYCLES_PER_BYTE_OF_BLOCK = 1 / 64
+"""What one processor alone reads of what others have just written."""
+
+
+def _duration(tile: Tile, n_blocks: int, k: int, gpu: Device) -> float:
     """About how many cycles n_blocks blocks over k take."""
-    rounds = math.ceil(n_blocks / n_processors)
-    work = rounds * tile.m * tile.n * k / (RATES[tile.dtype] * tile.efficiency)
-    return work + BLOCK_CYCLES + STAGE_CYCLES * math.ceil(k / tile.k)
+    rounds = math.ceil(n_blocks / gpu.n_processors)
+    at_once = max(1, gpu.shared_per_processor // (_most_shared_bytes(tile) + BYTES_PER_BLOCK))
+    work = rounds * tile.m * tile.n * k / (gpu.rate(tile.dtype) * tile.efficiency)
+    stage = STAGE_CYCLES if gpu.capability >= 80 else SYNCHRONOUS_STAGE_CYCLES
+    # Blocks that are there at once wait at once.
+    return work + math.ceil(rounds / at_once) * (BLOCK_CYCLES + stage * math.ceil(k / tile.k))
 
 
-def tile(m: int, n: int, k: int, dtype: str, n_processors: int) -> Tile:
-    """The tile with which a GPU of so many processors is done soonest with an m x n product over k."""
-    return min(TILES[dtype], key=lambda tile: _duration(tile, tile.blocks(m, n), k, n_processors))
+def _most_shared_bytes(tile: Tile) -> int:
+    return max(map(tile.shared_bytes, LAYOUTS.values())) + STATIC_BYTES
+
+
+def _fits_grid(tile: Tile, m: int, n: int) -> bool:
+    return math.ceil(m / tile.m) <= LARGEST_GRID[0] and math.ceil(n / tile.n) <= LARGEST_GRID[1]
+
+
+def _too_large(m: int, n: int) -> ValueError:
+    return ValueError(f"no grid of blocks is wide enough for a product of {m} x {n}; take at most 4 million outputs")
+
+
+def tile(m: int, n: int, k: int, dtype: str, gpu: Device) -> Tile:
+    """The tile with which the GPU is done soonest with an m x n product over k; ValueError where n is too large."""
+    tiles = [tile for tile in gpu.tiles(dtype) if _fits_grid(tile, m, n)]
+    if not tiles:
+        raise _too_large(m, n)
+    return min(tiles, key=lambda tile: _duration(tile, tile.blocks(m, n), k, gpu))
 
 
 class Parts(NamedTuple):
@@ -214,19 +341,27 @@ LEAST_ROWS_PER_PART, MOST_ROWS_PER_PART = 32, 1024
 """Longer float32 sums cost digits: over 16,384 rows in one, the gradient is off by 2e-6, not 1e-7."""
 
 
-def parts(n_rows: int, n_in: int, n_out: int, dtype: str, n_processors: int) -> Parts:
-    """Enough parts to give every processor work, of at least 32 and at most 1024 rows each where there are so many."""
+def parts(n_rows: int, n_in: int, n_out: int, dtype: str, gpu: Device, *, whole: bool = False) -> Parts:
+    """Enough parts to give every processor work, of at least 32 and at most 1024 rows each where there are so many.
+
+    whole : the kernel adds them up, one block for each tile, instead of the update
+    """
 
     def divided(tile: Tile, wanted: int) -> Parts:
-        least, most = math.ceil(n_rows / MOST_ROWS_PER_PART), math.ceil(n_rows / LEAST_ROWS_PER_PART)
+        longest = MOST_ROWS_PER_PART * math.ceil(n_rows / (MOST_ROWS_PER_PART * LARGEST_GRID[2]))
+        least, most = math.ceil(n_rows / longest), math.ceil(n_rows / LEAST_ROWS_PER_PART)
         rows = math.ceil(n_rows / max(least, min(wanted, most)))
-        rows = min(math.ceil(rows / tile.k) * tile.k, MOST_ROWS_PER_PART)
+        rows = min(math.ceil(rows / tile.k) * tile.k, longest)
         return Parts(tile, math.ceil(n_rows / rows), rows)
 
     def duration(plan: Parts) -> float:
-        blocks = plan.tile.blocks(n_in, n_out) * plan.n_parts
-        # Every part is written once more and read again: 8 bytes for each number, 16 bytes a cycle and processor.
-        moved = plan.n_parts * n_in * n_out / (2 * n_processors)
-        return _duration(plan.tile, blocks, plan.rows_per_part, n_processors) + moved
+        blocks, size = plan.tile.blocks(n_in, n_out) * plan.n_parts, 8 if dtype == "float64" else 4
+        # Every part is written once more and read again, in the update by all processors together.
+        cycles = plan.n_parts * n_in * n_out * size / (gpu.n_processors * gpu.bytes_per_cycle)
+        reading = plan.n_parts * plan.tile.m * plan.tile.n * size * CYCLES_PER_BYTE_OF_BLOCK if whole else cycles
+        return _duration(plan.tile, blocks, plan.rows_per_part, gpu) + cycles + reading
 
-    return min((divided(tile, n) for tile, n in product(TILES[dtype], (1, 2, 4, 8, 16, 32, 64))), key=duration)
+    tiles = [tile for tile in gpu.tiles(dtype) if _fits_grid(tile, n_in, n_out)]
+    if not tiles:
+        raise _too_large(n_in, n_out)
+    return min((divided(tile, n) for tile, n in product(tiles, (1, 2, 4, 8, 16, 32, 64))), key=duration)

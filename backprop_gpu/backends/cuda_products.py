@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import Array, Dropout
 from backprop_gpu.backends.cuda_blas import Blas
-from backprop_gpu.backends.cuda_kernels import Kernels
-from backprop_gpu.backends.cuda_plan import TILES, Parts, Tile
+from backprop_gpu.backends.cuda_kernels import Kernels, Whole
+from backprop_gpu.backends.cuda_plan import Parts, Tile
 from backprop_gpu.backends.cuda_tuning import Tuning, Way
 
 __all__ = ["Launchable", "Products"]
@@ -38,7 +38,7 @@ class Products:
 
     def __init__(self, kernels: Kernels, dtype: str, tune: bool, streams: tuple[Any, ...]) -> None:
         self.kernels, self.cp, self.dtype = kernels, kernels.cp, dtype
-        self.tiles = {tile.expression: tile for tile in TILES[dtype]}
+        self.tiles = {tile.expression: tile for tile in kernels.gpu.tiles(dtype)}
         self.tuning = Tuning(self.cp) if tune else None
         self.blas = Blas(self.cp)
         self.ways = list(self.tiles)
@@ -94,22 +94,28 @@ class Products:
 
         return self._fastest("dense_backward", (m, n, k), self._planned(m, n, k), launch_of, [delta])
 
-    def gradients(self, a_prev: Array, delta: Array, dW: Array, db: Array, parts: Parts) -> Launchable:
+    def gradients(
+        self, a_prev: Array, delta: Array, dW: Array, db: Array, parts: Parts, whole: Whole | None
+    ) -> Launchable:
         """See `Kernels.dense_gradients`."""
         n_rows, rows = len(delta), parts.rows_per_part
 
         def launch_of(way: Way) -> Launchable:
             if way != CUBLAS:
-                return self.kernels.dense_gradients(a_prev, delta, dW, db, parts._replace(tile=self.tiles[way]))
+                plan = parts._replace(tile=self.tiles[way])
+                return self.kernels.dense_gradients(a_prev, delta, dW, db, plan, whole)
             of_part = [slice(p * rows, min((p + 1) * rows, n_rows)) for p in range(parts.n_parts)]
             products = [self.blas.tn(a_prev[s], delta[s], dW[p], self.dtype) for p, s in enumerate(of_part)]
-            return InOrder((*products, self.kernels.bias_gradients(delta, db, parts, dtype=self.dtype)))
+            after = [self.kernels.bias_gradients(delta, db, parts, dtype=self.dtype)]
+            after += [] if whole is None else [self.kernels.whole_gradients(dW, db, whole)]
+            return InOrder((*products, *after))
 
+        operation = "dense_gradients" if whole is None else "whole dense_gradients"
         sizes = (*dW.shape[1:], n_rows, parts.n_parts)
-        return self._fastest("dense_gradients", sizes, parts.tile, launch_of, [dW, db])
+        return self._fastest(operation, sizes, parts.tile, launch_of, [dW, db])
 
     def _planned(self, m: int, n: int, k: int) -> Tile:
-        return cuda_plan.tile(m, n, k, self.dtype, self.kernels.n_processors)
+        return cuda_plan.tile(m, n, k, self.dtype, self.kernels.gpu)
 
     def _fastest(
         self,

@@ -10,7 +10,6 @@ So a captured graph fits every step, the last kernel of a step counts it, and th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from backprop_gpu.backends import cuda_plan
 from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, TrainingJob
 from backprop_gpu.backends.cuda_data import data_of
-from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, step_numbers, stretches
+from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, Whole, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_products import Launchable, Products
 from backprop_gpu.backends.minibatches import shares, starts_of
@@ -172,7 +171,7 @@ class Step(NamedTuple):
     """The rows of the mini-batch, every layer, the loss and δ of the output layer."""
     backward: list[tuple[Launchable, Launchable | None]]
     """From the output layer on: a layer's dW and db, and δ of the layer below; neither needs the other."""
-    update: list[Launchable]
+    update: Launchable
 
     def __call__(self, stream: Any, beside: Any) -> None:
         """On `stream`, the current one; the gradients on the stream `beside` it, while δ goes on down the layers."""
@@ -185,8 +184,7 @@ class Step(NamedTuple):
             if delta is not None:
                 delta()
         stream.wait_event(beside.record())
-        for launch in self.update:
-            launch()
+        self.update()
 
 
 class Buffers:
@@ -212,9 +210,9 @@ class Buffers:
             for buffer in (*self.a, *self.delta, *(z for z in self.z if z is not None)):
                 products.tuning.fill(buffer, job.dtype)
         # Clipping, and leaving a step out, need the whole gradient before the first parameter changes.
-        self.whole_gradient = job.optimizer.clip_norm is not None or self.loss_scale is not None
-        self.gradients = cp.empty(job.parameters.shape, dtype) if self.whole_gradient else None
-        self.gradient_scale = cp.empty((1,), "float64") if self.whole_gradient else None
+        whole = job.optimizer.clip_norm is not None or self.loss_scale is not None
+        self.gradients = cp.empty(job.parameters.shape, dtype) if whole else None
+        self.squares = cp.empty((job.architecture.n_layers,), "float64") if whole else None
 
     def begin(self) -> None:
         """A run begins: the parameters may have changed since the last one."""
@@ -228,20 +226,39 @@ class Buffers:
         return int((of_rows + 4 * job.architecture.n_parameters) * job.parameters.dtype.itemsize)
 
     def step(self, n_rows: int, tables: Tables, rows: Array) -> Step:
-        """The launches of a step with n_rows rows: 3 L + 2, and one more to clip or to scale gradients."""
+        """The launches of a step with n_rows rows: 3 L + 2."""
         a, delta = [x[:n_rows] for x in self.a], [x[:n_rows] for x in self.delta]
         z, z_out = [None if x is None else x[:n_rows] for x in self.z], self.z_out[:n_rows]
         place = (tables.row_order, tables.counters, a[0], self.job.batch_size)
         gather = self.kernels.gather(rows, *place, dtype=self.job.dtype)
-        gradients = Gradients(self.job, self.kernels, self.products, n_rows)
+        gradients = Gradients(self.job, self.kernels, self.products, n_rows, self.squares is not None)
         layers = reversed(range(self.job.architecture.n_layers))
         return Step(
             [gather, *self._forward(a, z, z_out, tables), self._output_delta(z_out, delta[-1], tables)],
             [
-                (gradients.of_layer(i, a[i], delta[i]), self._backward(i, a, z, delta, tables) if i else None)
+                (
+                    gradients.of_layer(i, a[i], delta[i], self._whole(i, tables)),
+                    self._backward(i, a, z, delta, tables) if i else None,
+                )
                 for i in layers
             ],
             self._update(gradients, tables),
+        )
+
+    def _whole(self, layer: int, tables: Tables) -> Whole | None:
+        """Where the whole gradients of a layer go, and what belongs to them."""
+        if self.squares is None:
+            return None
+        dW, db = self.job.architecture.views(self.gradients)
+        W, _ = self.job.architecture.views(self.job.parameters)
+        return Whole(
+            dW[layer],
+            db[layer],
+            W[layer],
+            numbers=tables.numbers,
+            steps_done=tables.counters,
+            loss_scale=self.loss_scale,
+            squares=self.squares[layer : layer + 1],
         )
 
     def _forward(self, a: list[Array], z: list[Array | None], z_out: Array, tables: Tables) -> list[Launchable]:
@@ -301,52 +318,34 @@ class Buffers:
             scratch=self.kernels.scratch(self.kernels.output_delta_blocks(*z.shape)),
         )
 
-    def _update(self, gradients: Gradients, tables: Tables) -> list[Launchable]:
-        """The pass of the optimizer, after the one that clips, if there is one."""
+    def _update(self, gradients: Gradients, tables: Tables) -> Launchable:
+        """The pass of the optimizer."""
         job, n_blocks = self.job, gradients.n_blocks
-        parts, table, launches = gradients.parts, gradients.table, []
-        if self.whole_gradient:
-            launches.append(
-                self.kernels.sum_parts(
-                    parts,
-                    table,
-                    n_blocks,
-                    job.parameters,
-                    self.gradients,
-                    numbers=tables.numbers,
-                    steps_done=tables.counters,
-                    clip_norm=math.inf if job.optimizer.clip_norm is None else job.optimizer.clip_norm,
-                    loss_scale=self.loss_scale,
-                    gradient_scale=self.gradient_scale,
-                    scratch=self.kernels.scratch(n_blocks),
-                )
-            )
-            parts, table = self.gradients, gradients.table_of_whole
-        update = self.kernels.update(
+        parts = (gradients.parts, gradients.table) if self.gradients is None else (self.gradients, gradients.of_whole)
+        return self.kernels.update(
             job.parameters,
             [job.state[slot] for slot in job.optimizer.slots],
-            parts,
-            table,
+            *parts,
             n_blocks,
             job.optimizer,
             numbers=tables.numbers,
-            gradient_scale=self.gradient_scale,
             counters=tables.counters,
             losses=tables.losses,
+            squares=self.squares,
+            loss_scale=self.loss_scale,
             copy=self.copy,
             dtype=job.dtype,
             scratch=self.kernels.scratch(n_blocks),
         )
-        return [*launches, update]
 
 
 class Gradients:
     """The gradients of a step in parts, those of W[l] and of b[l] each by themselves, as the flat vector has them."""
 
-    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products, n_rows: int) -> None:
+    def __init__(self, job: TrainingJob, kernels: Kernels, products: Products, n_rows: int, whole: bool) -> None:
         self.products = products
         shapes, dtype = list(pairwise(job.architecture.layer_sizes)), job.parameters.dtype
-        self.plans = [cuda_plan.parts(n_rows, *shape, job.dtype, kernels.n_processors) for shape in shapes]
+        self.plans = [cuda_plan.parts(n_rows, *shape, job.dtype, kernels.gpu, whole=whole) for shape in shapes]
         n_parts = [plan.n_parts for plan in self.plans]
         counts = [n_in * n_out for n_in, n_out in shapes] + [n_out for _, n_out in shapes]
         are_weights = [True] * len(shapes) + [False] * len(shapes)
@@ -354,16 +353,16 @@ class Gradients:
         self.begins = [int(begin) for begin in table[:, 2]]
         self.parts = kernels.cp.empty((self.begins[-1] + counts[-1] * n_parts[-1],), dtype)
         self.table = kernels.cp.asarray(table)
-        whole = [(count, 1, is_weights) for count, is_weights in zip(counts, are_weights, strict=True)]
-        self.table_of_whole = kernels.cp.asarray(stretches(whole, 1))
+        in_one = [(count, 1, is_weights) for count, is_weights in zip(counts, are_weights, strict=True)]
+        self.of_whole = kernels.cp.asarray(stretches(in_one, 1))
         self.n_blocks = kernels.parameter_blocks(counts)
 
-    def of_layer(self, layer: int, a_prev: Array, delta: Array) -> Launchable:
-        """dense_gradients of that layer, into its parts."""
+    def of_layer(self, layer: int, a_prev: Array, delta: Array, whole: Whole | None) -> Launchable:
+        """dense_gradients of that layer, into its parts, and whole."""
         plan, n_in, n_out = self.plans[layer], a_prev.shape[1], delta.shape[1]
         dW = self._view(layer, plan.n_parts * n_in * n_out).reshape(plan.n_parts, n_in, n_out)
         db = self._view(layer + len(self.plans), plan.n_parts * n_out).reshape(plan.n_parts, n_out)
-        return self.products.gradients(a_prev, delta, dW, db, plan)
+        return self.products.gradients(a_prev, delta, dW, db, plan, whole)
 
     def _view(self, stretch: int, count: int) -> Array:
         return self.parts[self.begins[stretch] : self.begins[stretch] + count]

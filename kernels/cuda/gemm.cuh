@@ -114,8 +114,7 @@ struct Product {
             observe(b_tile);
             math.template accumulate<A_ALONG, B_ALONG, ATile::STRIDE, BTile::STRIDE>(a_tile, b_tile);
         }
-        copy_async_wait<0>();  // only empty groups are left; none is when C passes through
-        __syncthreads();
+        __syncthreads();  // all copies have come, as the last turns waited for them: what is left are empty groups
     }
 
     // epilogue(row, column, values[4], n): four neighbours of a row, of which the first n are in C.

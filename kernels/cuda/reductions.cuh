@@ -36,13 +36,13 @@ __device__ __forceinline__ double block_sum(double x) {
     return all;
 }
 
-// True for the block that comes here last, when what all blocks wrote before is there for it to read. `ticket` starts at 0
-// and is 0 again afterwards.
-__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+// True for the one of n blocks that comes here last, when what all of them wrote before is there for it to read. `ticket`
+// starts at 0 and is 0 again afterwards.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned n) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == n - 1;
     __syncthreads();
     if (last) {
         __threadfence();
@@ -51,17 +51,22 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
     return last;
 }
 
-// Of a one-dimensional grid: every block gives its sum, and the first thread of the last block, for which this is true,
-// gets them all. `of_block` has a place for every block.
+// Each of n blocks gives its sum, and the first thread of the last to come, for which this is true, gets them all. `of_block`
+// has a place for every block.
 template <int THREADS>
-__device__ __forceinline__ bool grid_sum(double x, double* of_block, unsigned* ticket, double& all) {
+__device__ __forceinline__ bool blocks_sum(double x, unsigned block, unsigned n, double* of_block, unsigned* ticket,
+                                           double& all) {
     x = block_sum<THREADS>(x);
-    if (threadIdx.x == 0) of_block[blockIdx.x] = x;
-    if (!is_last_block(ticket)) return false;
+    if (threadIdx.x == 0) of_block[block] = x;
+    if (!is_last_block(ticket, n)) return false;
     double sum = 0;
-    for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS) {
-        sum += *static_cast<volatile double*>(of_block + i);
-    }
+    for (unsigned i = threadIdx.x; i < n; i += THREADS) sum += *static_cast<volatile double*>(of_block + i);
     all = block_sum<THREADS>(sum);
     return threadIdx.x == 0;
+}
+
+// The same of all blocks of a one-dimensional grid.
+template <int THREADS>
+__device__ __forceinline__ bool grid_sum(double x, double* of_block, unsigned* ticket, double& all) {
+    return blocks_sum<THREADS>(x, blockIdx.x, gridDim.x, of_block, ticket, all);
 }

@@ -1,8 +1,9 @@
 // update: parameters <- optimizer(parameters, gradients, state), the whole flat vector in one pass.
 //
-// A gradient comes as the parts that `dense_gradients` made of it. The vector's stretches, the W or the b of one layer, each
-// have parts of their own number; a table tells them. Blocks are dealt to stretches, BLOCK_PARAMETERS to a block.
-#include "numbers.cuh"
+// A gradient comes as the parts that `dense_gradients` made of it, or whole, in one. The vector's stretches, the W or the b of
+// one layer, each have parts of their own number; a table tells them. Blocks are dealt to stretches, BLOCK_PARAMETERS to a
+// block.
+#include "gradients.cuh"
 #include "reductions.cuh"
 
 constexpr int UPDATE_THREADS = 128;
@@ -11,11 +12,6 @@ constexpr int BLOCK_PARAMETERS = 4 * UPDATE_THREADS;
 // A row of the table. `parts` lie one after the other from parts_begin on, each of `count` numbers.
 struct Stretch {
     long long begin, count, parts_begin, n_parts, first_block, is_weights;
-};
-
-// What changes from step to step, computed by the host in float64.
-struct StepNumbers {
-    double learning_rate, alpha, correction_1, correction_2, epsilon;
 };
 
 __device__ __forceinline__ Stretch stretch_of_block(const Stretch* table, int n_stretches) {
@@ -35,21 +31,6 @@ struct Place {
         n = left < 4 ? static_cast<int>(left) : 4;
     }
 };
-
-// The parts of four gradients, added in order, and alpha W.
-template <class T>
-__device__ __forceinline__ void sum_of_parts(const T* parts, const Stretch& stretch, const Place& place, T (&g)[4]) {
-    const T* part = parts + stretch.parts_begin + place.at;
-    const bool fits = place.n == 4 && quads_fit(parts + stretch.parts_begin, 4) && stretch.count % 4 == 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) g[j] = 0;
-    for (long long i = 0; i < stretch.n_parts; ++i) {
-        T values[4];
-        load_quad(part + i * stretch.count, place.n, fits, values);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) g[j] += values[j];
-    }
-}
 
 // v <- momentum v - rate g, then w <- w + v, or with Nesterov's momentum w <- w + momentum v - rate g.
 template <bool NESTEROV>
@@ -86,13 +67,15 @@ struct RMSprop {
 };
 
 // Overwrites parameters and slots, and the narrow copy of the parameters where Copy is another kind of number. The last
-// block adds the penalty of the weights as they were, alpha/2 sum W^2, to the step's loss, and counts the step, which all
-// others have read by then.
+// block adds the penalty of the weights as they were, alpha/2 sum W^2, to the step's loss, adapts the loss scale, and counts
+// the step, which all others have read by then. With a loss scale, a step whose gradients are not finite changes nothing else.
 template <class Optimizer, class T, class Copy, bool TWO_SLOTS>
 __global__ void __launch_bounds__(UPDATE_THREADS)
     update(T* __restrict__ parameters, T* __restrict__ slot_1, T* __restrict__ slot_2, Copy* __restrict__ copy,
            const T* __restrict__ parts, const Stretch* __restrict__ table, int n_stretches,
-           const StepNumbers* __restrict__ numbers, const double* __restrict__ gradient_scale,
+           const StepNumbers* __restrict__ numbers,
+           const double* __restrict__ squares, int n_squares,  // of gradients that are whole, alpha W included; or null
+           double clip_norm, LossScale* __restrict__ loss_scale,
            double setting_1, double setting_2, double setting_3,
            unsigned* __restrict__ counters,                 // steps of this run, updates of the network
            double* __restrict__ losses,
@@ -101,10 +84,15 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
     const StepNumbers now = numbers[step];
     const Stretch stretch = stretch_of_block(table, n_stretches);
     const Place place(stretch);
-    double squares = 0;
-    // A scale that is there says that the gradients are whole, alpha W included; one that is negative, to leave all as it is.
-    const double scale = gradient_scale ? *gradient_scale : 1.0;
-    if (place.n > 0 && !(scale < 0)) {
+    __shared__ Clipping clipping;
+    if (squares) {
+        if (threadIdx.x == 0) clipping = clipping_of(squares, n_squares, clip_norm);
+        __syncthreads();
+    }
+    const bool left_out = loss_scale && !clipping.finite;
+    const T alpha = T(squares ? 0.0 : now.alpha), scale = T(squares ? clipping.scale : 1.0);
+    double of_weights = 0;
+    if (place.n > 0 && !left_out) {
         const long long i = stretch.begin + place.at;
         const bool fits = place.n == 4 && quads_fit(parameters + i, 4) && quads_fit(slot_1 + i, 4) &&
                           (!TWO_SLOTS || quads_fit(slot_2 + i, 4));
@@ -112,14 +100,14 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
         load_quad(parameters + i, place.n, fits, w);
         load_quad(slot_1 + i, place.n, fits, s1);
         if (TWO_SLOTS) load_quad(slot_2 + i, place.n, fits, s2);
-        sum_of_parts(parts, stretch, place, g);
+        sum_of_parts(parts + stretch.parts_begin + place.at, stretch.count, stretch.n_parts, place.n, g);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             if (stretch.is_weights) {
-                squares += static_cast<double>(w[j]) * w[j];
-                if (!gradient_scale) g[j] += T(now.alpha) * w[j];
+                of_weights += static_cast<double>(w[j]) * w[j];
+                if (alpha != 0) g[j] += alpha * w[j];
             }
-            Optimizer::step(w[j], g[j] * T(scale), s1[j], s2[j], now, setting_1, setting_2, setting_3, stretch.is_weights);
+            Optimizer::step(w[j], g[j] * scale, s1[j], s2[j], now, setting_1, setting_2, setting_3, stretch.is_weights);
         }
         store_quad(parameters + i, place.n, fits, w);
         store_quad(slot_1 + i, place.n, fits, s1);
@@ -127,67 +115,11 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
         if (copy) store_quad(copy + i, place.n, place.n == 4 && quads_fit(copy + i, 4), w);
     }
     double all;
-    if (grid_sum<UPDATE_THREADS>(squares, of_block, ticket, all)) {
+    if (grid_sum<UPDATE_THREADS>(of_weights, of_block, ticket, all)) {
         if (now.alpha != 0) losses[step] += 0.5 * now.alpha * all;
+        if (loss_scale) loss_scale->adapt(clipping.finite);
         counters[0] = step + 1;
         ++counters[1];
-    }
-}
-
-// float16 has too small a range for most delta, so output_delta multiplies them by a scale, and the gradients are divided by
-// it. Where one overflowed, the step is left out and the scale halved; after so many steps without, it is doubled.
-constexpr double STEPS_UNTIL_DOUBLED = 2000;
-
-struct LossScale {
-    double scale, steps_since;
-
-    // Takes in whether all gradients were finite; says the same.
-    __device__ __forceinline__ bool adapt(bool finite) {
-        steps_since = finite ? steps_since + 1 : 0;
-        if (!finite) scale /= 2;
-        if (steps_since == STEPS_UNTIL_DOUBLED) {
-            scale *= 2;
-            steps_since = 0;
-        }
-        return finite;
-    }
-};
-
-// The gradients as one flat vector, (accumulate: what was there +) their parts / loss scale + alpha W; and, where asked for,
-// the factor that scales them down to a norm of clip_norm: NaN where the norm is not finite, or with a loss scale, -1.
-template <class T>
-__global__ void __launch_bounds__(UPDATE_THREADS)
-    sum_parts(const T* __restrict__ parts, const Stretch* __restrict__ table, int n_stretches,
-              const T* __restrict__ parameters, T* __restrict__ gradients, double alpha,
-              const StepNumbers* __restrict__ numbers, const unsigned* __restrict__ steps_done, int accumulate,
-              double clip_norm, double* __restrict__ gradient_scale, LossScale* __restrict__ loss_scale,
-              double* __restrict__ of_block, unsigned* __restrict__ ticket) {
-    const Stretch stretch = stretch_of_block(table, n_stretches);
-    const Place place(stretch);
-    double squares = 0;
-    if (place.n > 0) {
-        const long long i = stretch.begin + place.at;
-        if (numbers) alpha = numbers[*steps_done].alpha;
-        T g[4];
-        sum_of_parts(parts, stretch, place, g);
-        const T unscale = T(loss_scale ? 1 / loss_scale->scale : 1.0);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (j >= place.n) break;
-            g[j] *= unscale;
-            if (accumulate) g[j] += gradients[i + j];
-            if (stretch.is_weights && alpha != 0) g[j] += T(alpha) * parameters[i + j];
-            gradients[i + j] = g[j];
-            squares += static_cast<double>(g[j]) * g[j];
-        }
-    }
-    if (!gradient_scale) return;  // the same for all
-    double all;
-    if (grid_sum<UPDATE_THREADS>(squares, of_block, ticket, all)) {
-        const double norm = sqrt(all);
-        const bool finite = norm - norm == 0;
-        *gradient_scale = norm <= clip_norm ? 1.0 : finite ? clip_norm / norm : norm - norm;
-        if (loss_scale && !loss_scale->adapt(finite)) *gradient_scale = -1;
     }
 }
 

@@ -2,8 +2,8 @@
 
     python tests/cuda_nvrtc/everything.py [architecture ...]
 
-Some 8,500 variants for each of seven architectures, at about five a second and core. Sine is expected among them:
-CUDA's sin of a large argument keeps an array in local memory.
+Some 8,500 variants for each of seven architectures, at about five a second and core. An array in local memory is an
+error; a few bytes are spilled where the assembler prefers that to one block less at once.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import backprop_gpu as bp
 from backprop_gpu import losses
 from backprop_gpu.backends import cuda_kernels
 from backprop_gpu.backends.contract import Dropout
-from backprop_gpu.backends.cuda_kernels import Kernels, Launch
+from backprop_gpu.backends.cuda_kernels import Kernels, Launch, Whole
 from backprop_gpu.backends.cuda_plan import LAYOUTS, NUMBERS, TILES, Parts, Tile
 
 __all__ = ["ARCHITECTURES", "Variant", "assertions", "covering", "everything", "options", "representative"]
@@ -93,7 +93,8 @@ class _RawModule:
 
 
 def _kernels() -> Kernels:
-    device = SimpleNamespace(id=0, attributes={"MultiProcessorCount": 132})
+    shared = {"MaxSharedMemoryPerBlockOptin": 227 << 10, "MaxSharedMemoryPerMultiprocessor": 228 << 10}
+    device = SimpleNamespace(id=0, compute_capability="90", attributes={"MultiProcessorCount": 132, **shared})
     cp = SimpleNamespace(
         RawModule=_RawModule,
         cuda=SimpleNamespace(Device=lambda: device),
@@ -220,7 +221,6 @@ def flat_vector() -> Iterator[Variant]:
         for optimizer, copy in product(optimizers, narrow(dtype)):
             settings = {
                 "numbers": of_steps,
-                "gradient_scale": None,
                 "counters": array("uint32", 2),
                 "losses": of_steps,
                 "scratch": (of_steps, array("uint32", 1)),
@@ -229,7 +229,8 @@ def flat_vector() -> Iterator[Variant]:
             }
             launch = KERNELS.update(x, [x] * len(optimizer.slots), x, table, 2, optimizer, **settings)
             yield _variant(launch, dtype, copy)
-        yield _variant(KERNELS.sum_parts(x, table, 2, None, x), dtype)
+        parts, whole = array(dtype, 2, ROWS, COLUMNS), Whole(array(dtype), array(dtype, COLUMNS))
+        yield _variant(KERNELS.whole_gradients(parts, array(dtype, 2, COLUMNS), whole), dtype)
         yield _variant(KERNELS.sum_squares(x, of_steps), dtype)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import backprop_gpu as bp
 from backprop_gpu import losses
 from backprop_gpu.backends.contract import Dropout
-from backprop_gpu.backends.cuda_kernels import Kernels, step_numbers, stretches
+from backprop_gpu.backends.cuda_kernels import Kernels, Whole, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS, TILES, Parts, Tile
 from backprop_gpu.backends.numpy import DERIVATIVE, FORWARD, OUTPUT_FORWARD
 
@@ -174,20 +174,73 @@ def dense_backward(tile: Tile, *, aligned: bool, sigma: str, dropout: bool) -> A
     return run
 
 
-def dense_gradients(tile: Tile, *, aligned: bool) -> Any:
+class WholeGradients:
+    """The arrays of `Whole`, as an operation or a step gives them, and what has to be in them afterwards."""
+
+    def __init__(self, device: Device, n_in: int, n_out: int, dtype: str, *, of_step: bool) -> None:
+        self.device, self.of_step, cp = device, of_step, device.cp
+        self.W, self.before = normal(5, n_in, n_out, dtype=dtype), normal(6, n_in + 1, n_out, dtype=dtype)
+        self.alpha, self.scale = 0.3, 512.0 if of_step else 1.0
+        aligned = n_out % 8 == 0
+        if of_step:
+            dW, db = (device.hole(shape, dtype, aligned=aligned) for shape in ((n_in, n_out), (n_out,)))
+            numbers = np.array([[9, 9, 9, 9, 9], [9, self.alpha, 9, 9, 9]], np.float64)
+            self.whole = Whole(
+                dW,
+                db,
+                device.put(self.W, dtype, aligned=not aligned),
+                numbers=cp.asarray(numbers),
+                steps_done=cp.asarray(np.array([1], np.uint32)),
+                loss_scale=cp.asarray(np.array([self.scale, 3.0])),
+                squares=device.hole((1,), "float64"),
+            )
+        else:
+            dW, db = (device.put(x, dtype, aligned=aligned) for x in (self.before[:-1], self.before[-1]))
+            self.whole = Whole(dW, db, device.put(self.W, dtype), self.alpha, accumulate=True)
+
+    def check(self, dW: np.ndarray, db: np.ndarray, tolerance: float) -> None:
+        """Of the gradients that the parts make together."""
+        before = 0 if self.of_step else self.before
+        expected = np.vstack([dW, db]) / self.scale + before
+        expected[:-1] += self.alpha * self.W
+        assert_close(self.device.get(self.whole.dW), expected[:-1], tolerance)
+        assert_close(self.device.get(self.whole.db), expected[-1], tolerance)
+        if self.of_step:
+            assert_each_close(self.device.get(self.whole.squares)[0], np.sum(expected**2), 10 * tolerance)
+
+
+def dense_gradients(
+    tile: Tile, *, aligned: bool, of_step: bool | None = None, n_parts: int = 3, one_tile: bool = False
+) -> Any:
     def run(device: Device) -> None:
         dtype = tile.dtype
         output = "float64" if dtype == "float64" else "float32"
         n_in, n_out, rows_per_part = *_shape(tile, 0, aligned)[:2], (tile.stages + 1) * tile.k
-        n_rows, n_parts = 2 * rows_per_part + tile.k + 3, 3
+        if one_tile:
+            n_in, n_out = tile.m - 8, tile.n - 8
+        n_rows = (n_parts - 1) * rows_per_part + tile.k + 3
         a_prev, delta = normal(1, n_rows, n_in, dtype=dtype), normal(2, n_rows, n_out, dtype=dtype)
         dW, db = device.hole((n_parts, n_in, n_out), output), device.hole((n_parts, n_out), output)
         operands = device.put(a_prev, dtype, aligned=aligned), device.put(delta, dtype, aligned=aligned)
-        device.kernels.dense_gradients(*operands, dW, db, Parts(tile, n_parts, rows_per_part))()
+        whole = None if of_step is None else WholeGradients(device, n_in, n_out, output, of_step=of_step)
+        plan = Parts(tile, n_parts, rows_per_part)
+        device.kernels.dense_gradients(*operands, dW, db, plan, whole and whole.whole)()
         parts = [slice(i * rows_per_part, (i + 1) * rows_per_part) for i in range(n_parts)]
         tolerance = TOLERANCE[output]
         assert_close(device.get(dW), np.stack([a_prev[p].T @ delta[p] for p in parts]), tolerance)
         assert_close(device.get(db), np.stack([delta[p].sum(axis=0) for p in parts]), tolerance)
+        if whole:
+            whole.check(a_prev.T @ delta, delta.sum(axis=0), tolerance)
+
+    return run
+
+
+def whole_gradients(n_in: int, n_out: int, n_parts: int, dtype: str, *, of_step: bool) -> Any:
+    def run(device: Device) -> None:
+        dW, db = normal(1, n_parts, n_in, n_out, dtype=dtype), normal(2, n_parts, n_out, dtype=dtype)
+        whole = WholeGradients(device, n_in, n_out, dtype, of_step=of_step)
+        device.kernels.whole_gradients(device.put(dW, dtype), device.put(db, dtype), whole.whole)()
+        whole.check(dW.sum(axis=0), db.sum(axis=0), TOLERANCE[dtype])
 
     return run
 
@@ -220,9 +273,16 @@ def _products() -> Iterator[Case]:
             yield Case(
                 f"dense_gradients {name.format(suffix)}",
                 "dense_gradients",
-                (*words, "dense_gradients", "ColumnSums"),
-                dense_gradients(tile, aligned=at),
+                (*words, "dense_gradients", "ColumnSums", "WholeGradients", "gradients.cuh"),
+                dense_gradients(tile, aligned=at, of_step=(True, False, None)[i % 3], n_parts=1 + 2 * (i < 4)),
             )
+
+
+def _one_tile() -> Iterator[Case]:
+    """Where one block of each part does all."""
+    for tile, of_step in ((TILES["float32"][2], True), (TILES["float32"][2], None)):
+        run = dense_gradients(tile, aligned=True, of_step=of_step, one_tile=True)
+        yield Case(f"dense_gradients {tile.expression} one tile", "dense_gradients", ("dense_gradients",), run)
 
 
 def forward_pass(dtype: str, n: int, *misaligned: str, keep_z: bool = True, dropout: bool = False) -> Any:
@@ -295,6 +355,9 @@ def _passes() -> Iterator[Case]:
     for dtype, n_out in (("float64", 7), ("bfloat16", 131)):
         run = bias_gradients(dtype, n_out)
         yield Case("bias_gradients", "dense_gradients", ("bias_gradients",), run)
+    for n_in, n_out, dtype, of_step in ((41, 13, "float32", True), (31, 16, "float64", False), (7, 8, "float32", True)):
+        run = whole_gradients(n_in, n_out, 3, dtype, of_step=of_step)
+        yield Case("whole_gradients", "dense_gradients", ("whole_gradients", "WholeGradients", "gradients.cuh"), run)
 
 
 # Activations
@@ -304,7 +367,10 @@ SPECIAL = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-30, -1e-30, 50, -50, 
 
 def _arguments(sigma: str, dtype: str) -> np.ndarray:
     z = np.concatenate([SPECIAL, np.linspace(-9, 9, 201)])
-    return z[np.abs(z) < 100] if sigma == "sine" else z.astype(dtype).astype(np.float64)
+    if sigma == "sine":  # up to the largest number, on both sides of where it is reduced in another way
+        exponents = np.arange(0, 127 if dtype == "float32" else 1023, 1.75)
+        z = np.concatenate([z, *(sign * 2**exponents for sign in (1, -1)), np.ldexp(1.1, [23, 24, 51, 52])])
+    return z.astype(dtype).astype(np.float64)
 
 
 def activation(sigma: str, dtype: str) -> Any:
@@ -388,8 +454,10 @@ def output_delta(
     labels: bool = False,
     ordered: bool = False,
     weighted: bool = False,
+    moderate: bool = False,
     output: str = "",
 ) -> Any:
+    """Of awkward scores, some of which cost so much that all others are lost in the sum; or of moderate ones."""
     sigma = losses.output_activation(loss, sigma)
     output = output or dtype
 
@@ -401,6 +469,8 @@ def output_delta(
         places = slice(step * batch_size, step * batch_size + n_rows)
         rows = order[places] if ordered else slice(None)
         z, target = _scores_and_target(loss, sigma, rng, n_rows, n_out, n_data, dtype, labels)
+        if moderate:
+            z = normal(4, n_rows, n_out, dtype=dtype)
         weight = rng.integers(0, 3, n_rows).astype(dtype) if weighted else None
         if weighted:
             weight[3] = 0
@@ -495,6 +565,8 @@ def _losses() -> Iterator[Case]:
         (("CrossEntropy", "Softmax"), output_delta(smoothed, 41, 11, "float64", labels=True, ordered=True)),
         (("CrossEntropy", "output_delta"), output_delta(smoothed, 37, 5, "float32", weighted=True)),
         (("CrossEntropy",), output_delta(bp.CrossEntropy(), 9, 150, "float32", labels=True, output="bfloat16")),
+        (("CrossEntropy", "Softmax"), output_delta(smoothed, 41, 11, "float64", moderate=True)),
+        (("BinaryCrossEntropyEntry",), output_delta(binary, 41, 7, "float64", moderate=True)),
         (("BinaryCrossEntropyEntry",), output_delta(binary, 131, 7, "float64", weighted=True)),
         (("BinaryCrossEntropyEntry",), output_delta(binary, 140, 1, "float32", ordered=True, output="float16")),
         (("PoissonEntry",), output_delta(bp.Poisson(), 131, 3, "float64", ordered=True, weighted=True)),
@@ -517,12 +589,16 @@ def update(
     optimizer: bp.optimizers.Optimizer,
     dtype: str,
     *misaligned: str,
-    gradient_scale: float | None = None,
+    squares: tuple[float, ...] = (),
+    loss_scale: tuple[float, float] | None = None,
     copy: str = "",
 ) -> Any:
+    """With squares, gradients are whole, and clipped by what these say of the norm."""
+
     def run(device: Device) -> None:
         n, n_weights = sum(COUNTS), sum(COUNTS[:2])
-        whole = gradient_scale is not None
+        whole, norm = bool(squares), np.sqrt(sum(squares))
+        scale_of_loss = device.cp.asarray(np.array(loss_scale)) if loss_scale else None
         n_parts = [1] * 4 if whole else [3, 1, 2, 4]
         table = stretches([(count, k, i < 2) for i, (count, k) in enumerate(zip(COUNTS, n_parts, strict=True))])
         if whole:
@@ -551,17 +627,19 @@ def update(
             n_blocks,
             optimizer,
             numbers=cp.asarray(step_numbers(optimizer, rates, alphas, first)),
-            gradient_scale=None if gradient_scale is None else cp.asarray(np.array([gradient_scale])),
+            squares=cp.asarray(np.array(squares)) if whole else None,
+            loss_scale=scale_of_loss,
             counters=counters,
             losses=C,
             scratch=kernels.scratch(n_blocks),
             copy=narrow,
             dtype=copy,
         )()
-        left_out = whole and gradient_scale < 0
+        left_out = loss_scale is not None and not np.isfinite(norm)
         losses_before[step] += 0 if left_out else 0.5 * alphas[step] * np.sum(parameters[:n_weights] ** 2)
         if whole:
-            g = g * gradient_scale
+            limit = np.inf if optimizer.clip_norm is None else optimizer.clip_norm
+            g = g * (1 if norm <= limit else limit / norm if np.isfinite(norm) else np.nan)
         else:
             g[:n_weights] += alphas[step] * parameters[:n_weights]
         expected = {slot: vector.copy() for slot, vector in state.items()}
@@ -570,6 +648,9 @@ def update(
             settings = {"learning_rate": rates[step], "step": first + step + 1, "n_weights": n_weights}
             REFERENCE.update(parameters, g, expected, plain, **settings)
         tolerance = TOLERANCE[dtype]
+        if whole and not left_out and not np.isfinite(norm):
+            assert np.isnan(device.get(on_device)).all()
+            return
         assert_close(device.get(on_device), parameters, tolerance)
         for slot, vector in zip(optimizer.slots, slots, strict=True):
             assert_close(device.get(vector), expected[slot], tolerance)
@@ -577,67 +658,9 @@ def update(
         assert device.get(counters).tolist() == [step + 1, 41]
         if copy and not left_out:
             assert_close(device.get(narrow, copy), parameters, TOLERANCE[copy])
-
-    return run
-
-
-def sum_parts(
-    dtype: str,
-    *,
-    accumulate: bool = False,
-    alpha: float = 0.0,
-    clip_norm: float | None = None,
-    loss_scale: tuple[float, float] | None = None,
-    poison: bool = False,
-) -> Any:
-    def run(device: Device) -> None:
-        n, n_weights = sum(COUNTS), sum(COUNTS[:2])
-        table = stretches([(count, k, i < 2) for i, (count, k) in enumerate(zip(COUNTS, (3, 1, 2, 4), strict=True))])
-        parts = normal(1, int(table[-1, 2] + table[-1, 1] * table[-1, 3]), dtype=dtype)
-        if poison:
-            parts[table[2, 2] + 5] = np.inf
-        g = np.concatenate(
-            [parts[row[2] : row[2] + row[1] * row[3]].reshape(row[3], row[1]).sum(axis=0) for row in table]
-        )
-        parameters, before = normal(2, n, dtype=dtype), normal(3, n, dtype=dtype)
-        put, cp, kernels = device.put, device.cp, device.kernels
-        gradients = put(before, dtype) if accumulate else device.hole((n,), dtype)
-        wanted = clip_norm is not None or loss_scale is not None
-        scale = device.hole((1,), "float64") if wanted else None
-        scale_of_loss = cp.asarray(np.array(loss_scale)) if loss_scale else None
-        n_blocks = kernels.parameter_blocks(list(COUNTS))
-        numbers = cp.asarray(np.array([[1, 9, 9, 9, 9], [1, alpha, 9, 9, 9]], np.float64)) if wanted else None
-        kernels.sum_parts(
-            put(parts, dtype),
-            cp.asarray(table),
-            n_blocks,
-            put(parameters, dtype),
-            gradients,
-            alpha=0.0 if wanted else alpha,
-            numbers=numbers,
-            steps_done=cp.asarray(np.array([1], np.uint32)) if wanted else None,
-            accumulate=accumulate,
-            clip_norm=np.inf if clip_norm is None else clip_norm,
-            gradient_scale=scale,
-            loss_scale=scale_of_loss,
-            scratch=kernels.scratch(n_blocks) if wanted else None,
-        )()
-        g = g / (loss_scale[0] if loss_scale else 1)
-        g += before if accumulate else 0
-        g[:n_weights] += alpha * parameters[:n_weights]
-        assert_close(device.get(gradients), g, TOLERANCE[dtype])
-        if wanted:
-            norm = np.sqrt(np.sum(g**2))
-            limit = np.inf if clip_norm is None else clip_norm
-            factor = 1.0 if norm <= limit else limit / norm
-            if poison:
-                factor = -1.0 if loss_scale else np.nan
-            assert_each_close(device.get(scale), np.array([factor]), TOLERANCE[dtype])
         if loss_scale:
-            expected = [loss_scale[0] / 2, 0] if poison else [loss_scale[0], loss_scale[1] + 1]
-            if expected[1] == 2000:
-                expected = [2 * loss_scale[0], 0]
-            assert device.get(scale_of_loss).tolist() == expected
+            scale, since = (loss_scale[0] / 2, 0) if left_out else (loss_scale[0], loss_scale[1] + 1)
+            assert device.get(scale_of_loss).tolist() == ([2 * scale, 0] if since == 2000 else [scale, since])
 
     return run
 
@@ -646,8 +669,11 @@ def sum_squares(n: int, dtype: str) -> Any:
     def run(device: Device) -> None:
         x = normal(1, n, dtype=dtype)
         result = device.hole((1,), "float64")
-        device.kernels.sum_squares(device.put(x, dtype), result)()
-        assert_each_close(device.get(result), np.array([np.dot(x, x)]), 1e-12)
+        launch = device.kernels.sum_squares(device.put(x, dtype), result)
+        for _ in range(2):  # as in a graph, on the same scratch
+            result[...] = 0.0
+            launch()
+            assert_each_close(device.get(result), np.array([np.dot(x, x)]), 1e-12)
 
     return run
 
@@ -655,13 +681,17 @@ def sum_squares(n: int, dtype: str) -> Any:
 def _flat_vector() -> Iterator[Case]:
     nesterov = bp.SGD(momentum=0.9, nesterov=True)
     adam, adamw = bp.Adam(epsilon=1e-3), bp.AdamW(epsilon=1e-3, weight_decay=0.3)
+    clipped = replace(adam, clip_norm=0.9)
     for words, run in (
-        (("Adam", "sum_of_parts", "Place"), update(adamw, "float64")),
+        (("Adam", "sum_of_parts", "Place", "Stretch"), update(adamw, "float64")),
         (("Sgd",), update(nesterov, "float32", copy="bfloat16")),
         (("Sgd",), update(bp.SGD(momentum=0.8), "float64")),
         (("RMSprop",), update(bp.RMSprop(epsilon=1e-3), "float64")),
-        (("Adam",), update(adam, "float32", gradient_scale=0.3, copy="float16")),
-        (("update",), update(adam, "float32", gradient_scale=-1.0)),
+        (("Adam", "clipping_of"), update(clipped, "float32", squares=(4.0, 0.0, 5.0), copy="float16")),
+        (("LossScale", "clipping_of"), update(clipped, "float32", squares=(0.3, 0.3), loss_scale=(512.0, 1999.0))),
+        (("LossScale", "clipping_of"), update(adam, "float32", squares=(1.0, np.inf), loss_scale=(512.0, 1999.0))),
+        (("LossScale",), update(adam, "float32", squares=(1.0, 3.0), loss_scale=(512.0, 3.0))),
+        (("clipping_of",), update(clipped, "float32", squares=(1.0, np.inf))),
         (("update",), update(adam, "float32", "m")),
         (("update",), update(adam, "float32", "v")),
         (("update",), update(bp.RMSprop(epsilon=1e-3), "float32", "parameters")),
@@ -670,16 +700,6 @@ def _flat_vector() -> Iterator[Case]:
         (("update", "sum_of_parts"), update(nesterov, "float32", "parts", "copy", copy="bfloat16")),
     ):
         yield Case(f"update {words[0]}", "update", ("update", *words), run)
-    for words, run in (
-        ((), sum_parts("float64", accumulate=True, alpha=0.3)),
-        ((), sum_parts("float32")),
-        (("LossScale",), sum_parts("float32", alpha=0.2, clip_norm=2.0, loss_scale=(512.0, 3.0))),
-        (("LossScale",), sum_parts("float32", alpha=0.2, loss_scale=(512.0, 1999.0))),
-        (("LossScale",), sum_parts("float32", loss_scale=(512.0, 1999.0), poison=True)),
-        ((), sum_parts("float64", clip_norm=1e9)),
-        ((), sum_parts("float64", clip_norm=1.0, poison=True)),
-    ):
-        yield Case("sum_parts", "update", ("sum_parts", "Stretch", "Place", *words), run)
     yield Case("sum_squares", "update", ("sum_squares",), sum_squares(3001, "float32"))
     of_blocks = sum_squares(140_000, "float32")  # more blocks than a block has threads
     yield Case("sum_squares of 137 blocks", "update", ("sum_squares", "grid_sum"), of_blocks)
@@ -737,5 +757,7 @@ def _numbered(cases: Iterator[Case]) -> tuple[Case, ...]:
     return tuple(replace(case, name=f"{i:02} {case.name}") for i, case in enumerate(cases))
 
 
-CASES = _numbered(itertools.chain(_rows(), _activations(), _output_layer(), _flat_vector(), _passes(), _products()))
+CASES = _numbered(
+    itertools.chain(_rows(), _activations(), _output_layer(), _flat_vector(), _passes(), _one_tile(), _products())
+)
 """All of them; together they launch every kernel and enter every struct of the sources."""

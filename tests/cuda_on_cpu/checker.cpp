@@ -52,7 +52,7 @@ struct Window {  // one argument's own view of its array
 };
 
 constexpr int SLOTS = 128;
-constexpr uintptr_t SLOT_SIZE = uintptr_t(1) << 33;
+constexpr uintptr_t SLOT_SIZE = uintptr_t(1) << 36;
 uintptr_t slots;  // address of the first
 std::vector<Window> windows;
 std::vector<Span> spans;
@@ -283,6 +283,14 @@ void map_window(Window& window, int slot) {
   window.begin = moved;
 }
 
+size_t bytes_of_cells(const Span& span) { return ((span.end - span.begin) / 4 + 2) * sizeof(Cell); }
+
+// All zero, and where an array is large, most of them never touched.
+Cell* new_cells(const Span& span) {
+  return static_cast<Cell*>(mmap(nullptr, bytes_of_cells(span), PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
 void make_spans() {
   std::vector<const Window*> sorted;
   for (const Window& window : windows) sorted.push_back(&window);
@@ -293,7 +301,7 @@ void make_spans() {
     if (spans.empty() || begin >= spans.back().end) spans.push_back({begin, end, nullptr});
     spans.back().end = std::max(spans.back().end, end);
   }
-  for (Span& span : spans) span.cells = static_cast<Cell*>(calloc((span.end - span.begin) / 4 + 2, sizeof(Cell)));
+  for (Span& span : spans) span.cells = new_cells(span);
   for (Window& window : windows)
     for (Span& span : spans)
       if (window.device_address >= span.begin && window.device_address < span.end) window.span = &span;
@@ -375,7 +383,7 @@ void checker_end_launch(void** arguments) {
          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     memcpy(arguments[window.parameter], &window.device_address, sizeof(uintptr_t));
   }
-  for (Span& span : spans) free(span.cells);
+  for (Span& span : spans) munmap(span.cells, bytes_of_cells(span));
   spans.clear();
 }
 

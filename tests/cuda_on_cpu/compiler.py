@@ -32,7 +32,7 @@ FAST_FLAGS = ("-O2",)
 CHECKED_FLAGS = (
     "-O1",
     "-DCUDA_ON_CPU_CHECKED=1",
-    "-fsanitize=thread,alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift",
+    "-fsanitize=thread,alignment,bounds-strict,signed-integer-overflow,integer-divide-by-zero,shift",
     "-fsanitize-coverage=trace-pc",
     "-fno-finite-loops",  # C++ lets g++ take it that loops end
     "--param=tsan-instrument-func-entry-exit=0",

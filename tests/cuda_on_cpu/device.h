@@ -359,6 +359,18 @@ static inline float normcdff(float x) { return float(0.5 * std::erfc(-0.70710678
 static inline double normcdf(double x) { return 0.5 * std::erfc(-0.70710678118654752440 * x); }
 static inline float sinpif(float x) { return float(std::sin(3.14159265358979323846 * double(x))); }
 static inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * double(x))); }
+namespace cuda_on_cpu {
+template <class T>
+static inline T sinpi(T x) {
+  return T(std::sin(3.14159265358979323846 * double(x)));
+}
+template <class T>
+static inline T cospi(T x) {
+  return T(std::cos(3.14159265358979323846 * double(x)));
+}
+}  // namespace cuda_on_cpu
+#define sinpi cuda_on_cpu::sinpi  // newer C libraries have functions of these names
+#define cospi cuda_on_cpu::cospi
 static inline float __saturatef(float x) {
   return x > 0 ? (x < 1 ? x : 1.f) : 0.f;
 }  // NaN becomes 0, as cvt.sat has it

@@ -110,6 +110,7 @@ def _cuda(emulator: Emulator) -> _Namespace:
         memory=_Namespace("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError),
         compiler=_Namespace("cupy.cuda.compiler", CompileException=CompileException),
         driver=_Namespace("cupy.cuda.driver", CUDADriverError=CUDADriverError),
+        nvrtc=_Namespace("cupy.cuda.nvrtc", getVersion=lambda: (13, 0)),
         is_available=lambda: True,
     )
 

@@ -72,6 +72,8 @@ class Emulator:
         self.seed = seed
         self.memory_size = 80 << 30
         """Bytes of memory that the device claims to have; tests lower it."""
+        self.last_blocks = 0
+        """Of a grid, how many blocks run, the last ones; 0 is all. For arrays too large for all to walk over."""
         self.memory = DeviceMemory(checked=checked)
         self.counters = Counters()
         self.pinned: list[weakref.ref] = []

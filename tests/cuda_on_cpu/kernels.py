@@ -53,6 +53,7 @@ class _Options(ctypes.Structure):
         ("memory_base", ctypes.c_size_t),
         ("memory_size", ctypes.c_size_t),
         ("written", ctypes.c_void_p),
+        ("last_blocks", ctypes.c_size_t),
     )
 
 
@@ -249,6 +250,7 @@ class RawKernel:
             memory_base=memory.base,
             memory_size=memory.bytes.size,
             written=None if memory.written is None else memory.written.ctypes.data,
+            last_blocks=emulator.last_blocks,
         )
 
     def _run(self, grid: Any, block: Any, arguments: _Arguments, shared_mem: int, options: _Options) -> None:

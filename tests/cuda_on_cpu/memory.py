@@ -19,6 +19,8 @@ ADDRESS_SPACE = 1 << 38
 PAGE = 4096
 ALIGNMENT = 512
 """Of every allocation, and no better: what cudaMalloc and CuPy's pool promise."""
+LARGE = 1 << 30
+"""Bytes; of a larger allocation, only pages that something touches take memory."""
 NO_RESERVE = 0x4000  # MAP_NORESERVE, which the mmap module does not name
 
 
@@ -49,13 +51,14 @@ class DeviceMemory:
         self._allocations: list[weakref.ref[Allocation]] = []
 
     def allocate(self, nbytes: int) -> Allocation:
-        """New memory, full of NaN, so that what a kernel forgets to write shows up."""
+        """New memory, full of NaN, so that what a kernel forgets to write shows up; where it is large, of zeros."""
         offset = self._top + ALIGNMENT
         end = (offset + nbytes + PAGE - 1) // PAGE * PAGE
         if end + PAGE > ADDRESS_SPACE:
             raise EmulationError("this device's addresses are used up, as none is used twice: make a new one")
         self._top = end + PAGE
-        self.bytes[offset : offset + nbytes] = 0xFF
+        if nbytes <= LARGE:
+            self.bytes[offset : offset + nbytes] = 0xFF
         allocation = Allocation(self.base + offset, nbytes)
         self.used += nbytes
         self._addresses.append(allocation.address)

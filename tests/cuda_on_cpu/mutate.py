@@ -4,8 +4,10 @@
 
 A mutant is killed when a checked run of a case fails, whether by its numbers, a race, an access out of bounds, a
 read of what nobody wrote, a deadlock, or no end; or by the static_asserts that the tests compile with NVRTC. One that
-does not compile counts for nothing, nor does one of which NVRTC makes the same PTX as of the original. Results are kept
-in --out as they come, so a run that was cut short goes on where it was. What is known of survivors is in `mutants.md`.
+does not compile counts for nothing, nor does one of which NVRTC makes the same PTX as of the original, or of which
+`mutants.md` gives the reason why no run can tell it from the original; a row of that list is an error where its
+mutation can no longer be made. What is known of other survivors is in `mutants.md` as well. Results are kept in --out
+as they come, so a run that was cut short goes on where it was.
 Functions of intrinsics.cuh are the emulator's own on the CPU, so mutants of them would not run.
 """
 
@@ -27,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 from unittest import mock
 
 if __name__ == "__main__":  # as the tests see it
@@ -42,6 +45,8 @@ from cuda_on_cpu.mutations import Mutation, mutations
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cuda"
 KNOWN = Path(__file__).with_name("mutants.md")
+EQUIVALENT = "No run can tell it from the original"
+"""The heading of `mutants.md` under which a reason proves it."""
 CACHE = "BACKPROP_GPU_CUDA_ON_CPU_CACHE"
 SECONDS = 240
 """Of one process on the processor, after which a mutant counts as killed: all cases take a fifth of it."""
@@ -193,17 +198,51 @@ def run(wanted: Sequence[Mutation], out: Path, workers: int) -> Iterator[Result]
                 yield result
 
 
+# What is known of survivors
+
+Place: TypeAlias = tuple[str, str]
+"""The file and the change of a mutation; lines move."""
+
+
+def place(key: str) -> Place:
+    """Of a mutation's key."""
+    before, change = key.split(": ", 1)
+    return before.split(":")[0], change
+
+
+def known() -> dict[Place, str]:
+    """The heading in `mutants.md` under which each known survivor stands."""
+    found, heading = {}, ""
+    for line in KNOWN.read_text().splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        elif row := re.match(r"\| `([^`]+)` \| `(.+)` \| ", line):
+            found[row[1], row[2].replace("\\|", "|")] = heading
+    return found
+
+
+def outdated() -> list[Place]:
+    """Known survivors that can no longer be made, and equivalent ones of which it is not clear which they are."""
+    possible = Counter(place(mutation.key) for mutation in mutations(KERNELS))
+    return [
+        row for row, heading in known().items() if possible[row] != 1 and (heading == EQUIVALENT or not possible[row])
+    ]
+
+
 def report(results: Sequence[Result], n_possible: int) -> None:
-    verdicts = Counter(result.verdict for result in results)
+    headings = known()
+    heading_of = {result.key: headings.get(place(result.key), "NEW") for result in results}
+    verdicts = Counter(
+        "listed" if result.verdict == "survived" and heading_of[result.key] == EQUIVALENT else result.verdict
+        for result in results
+    )
     valid = verdicts["killed"] + verdicts["survived"]
-    known = KNOWN.read_text().replace("\\|", "|")  # as a table has it
-    survivors = [result for result in results if result.verdict == "survived"]
     print(f"\n{len(results)} of {n_possible} mutants; {verdicts['invalid']} do not compile, ", end="")
-    print(f"{verdicts['equivalent']} compile to the same PTX")
+    print(f"{verdicts['equivalent']} compile to the same PTX, {verdicts['listed']} are listed as equivalent")
     print(f"killed: {verdicts['killed']} of {valid}, {verdicts['killed'] / max(valid, 1):.1%}")
-    for result in survivors:
-        change = result.key.split(": ", 1)[1]  # lines move
-        print(f"{'known' if change in known else 'NEW  '} {result.kind:18} {result.key}")
+    for result in results:
+        if result.verdict == "survived":
+            print(f"{heading_of[result.key]:40} {result.kind:18} {result.key}")
 
 
 def main() -> None:
@@ -218,6 +257,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         print(json.dumps(judge(Mutation(**json.loads(arguments.one)))))
         return
+    if gone := outdated():
+        sys.exit("\n".join(["mutants.md has mutations that cannot be made, or in two places:", *map(": ".join, gone)]))
     wanted, results = chosen(arguments.sample, arguments.seed), []
     for result in run(wanted, arguments.out, arguments.workers):
         results.append(result)

@@ -245,9 +245,9 @@ void run_block(std::vector<uint32_t>& order, std::mt19937& random) {
   current = nullptr;
 }
 
-std::vector<uint32_t> ascending(size_t count) {
-  std::vector<uint32_t> order(count);
-  for (size_t i = 0; i < count; ++i) order[i] = uint32_t(i);
+std::vector<uint32_t> ascending(size_t begin, size_t end) {
+  std::vector<uint32_t> order;
+  for (size_t i = begin; i < end; ++i) order.push_back(uint32_t(i));
   if (options.schedule == REVERSE || options.schedule == WARPS_REVERSED) std::reverse(order.begin(), order.end());
   return order;
 }
@@ -276,7 +276,7 @@ void check_launch_shape() {
   else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     fail(true, "invalid launch: a grid has at least 1 and at most (2147483647,65535,65535) blocks; got (%u,%u,%u)",
          grid.x, grid.y, grid.z);
-  else if (uint64_t(grid.x) * grid.y * grid.z > 0x3fffff)
+  else if (uint64_t(grid.x) * grid.y * grid.z > 0xffffffff)
     fail(true, "more blocks than this emulator counts: (%u,%u,%u)", grid.x, grid.y, grid.z);
   else if (dynamic_shared_size > options.max_dynamic_shared)
     fail(true, "invalid launch: %zu bytes of dynamic shared memory, of at most %zu (max_dynamic_shared_size_bytes)",
@@ -288,10 +288,12 @@ void run_grid() {
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   make_fibers(thread_count);
   std::mt19937 random(options.seed);
-  std::vector<uint32_t> block_order = ascending(blocks), thread_order = ascending(thread_count);
+  const size_t first = options.last_blocks && options.last_blocks < blocks ? blocks - options.last_blocks : 0;
+  std::vector<uint32_t> block_order = ascending(first, blocks), thread_order = ascending(0, thread_count);
   if (options.schedule == SHUFFLED) std::shuffle(block_order.begin(), block_order.end(), random);
-  for (size_t i = 0; i < blocks && !failed_fatally; ++i) {
-    begin_block(block_order[i]);
+  for (uint32_t number : block_order) {
+    if (failed_fatally) break;
+    begin_block(number);
     run_block(thread_order, random);
   }
   if (failed_fatally) first_stale_fiber = 0;  // they stopped in the middle of the kernel
@@ -410,7 +412,7 @@ void* cuda_on_cpu_shared(SharedVariable* variable) {
     static_shared_used += variable->size;
     shared_variables.push_back(variable);
     if (static_shared_used > DEFAULT_SHARED_PER_BLOCK) fail(true, "more than 48 KiB of static __shared__ variables");
-    if (static_shared_used + dynamic_shared_size > options.max_dynamic_shared)
+    if (static_shared_used + dynamic_shared_size > options.max_shared)
       fail(true, "%zu bytes of static and %zu of dynamic shared memory are more than %zu", static_shared_used,
            dynamic_shared_size, options.max_shared);
     memset(address, 0xff, variable->size);  // NaN, to show reads before writes

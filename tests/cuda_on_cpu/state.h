@@ -25,7 +25,8 @@ struct Options {
   int memory_file;                        // device memory: this file, mapped at memory_base
   uintptr_t memory_base;
   size_t memory_size;
-  uint8_t* written;  // one byte per byte of device memory: has it ever been written?
+  uint8_t* written;    // one byte per byte of device memory: has it ever been written?
+  size_t last_blocks;  // of the grid, the only ones that run; 0: all
 };
 
 }  // namespace cuda_on_cpu
