@@ -78,14 +78,14 @@ def for_training(architecture: Architecture, batch_size: int, dtype: str, thread
 
 
 def _threads(wanted: int, n_rows: int) -> int:
-    return max(1, min(wanted, n_rows // ROWS_PER_THREAD))
+    return int(max(1, min(wanted, n_rows // ROWS_PER_THREAD)))
 
 
 def _products_of_a_row(architecture: Architecture, dtype: str) -> int:
     """Multiply-adds for one row of a mini-batch: a W, aᵀ δ, and δ Wᵀ but for the first layer, in whole vectors."""
     vector = VECTOR_BYTES // np.dtype(dtype).itemsize
     products = [n_in * round_up(n_out, vector) for n_in, n_out in pairwise(architecture.layer_sizes)]
-    return 3 * sum(products) - products[0]
+    return int(3 * sum(products) - products[0])
 
 
 def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: int) -> int:
@@ -93,7 +93,7 @@ def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: i
     rows = math.ceil(n_rows / n_threads)
     columns = sum(round_up(size, width(dtype)) for size in architecture.layer_sizes)
     most = min(TILE_ROWS, max(BLOCK_ROWS, TILE_BYTES // (2 * np.dtype(dtype).itemsize * columns)))
-    return round_up(math.ceil(rows / math.ceil(rows / most)), BLOCK_ROWS)
+    return int(round_up(math.ceil(rows / math.ceil(rows / most)), BLOCK_ROWS))
 
 
 class Layout:
