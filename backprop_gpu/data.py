@@ -7,7 +7,7 @@ held dense as a whole. Everything is checked here, so the operations need not.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,7 +28,7 @@ CHUNK = 1 << 20
 
 
 class Rows(ABC):
-    """N rows of features, checked to be finite in `dtype`."""
+    """N rows of features, finite in `dtype`: that is checked before, or by `require_finite`."""
 
     shape: tuple[int, int]
     dtype: str
@@ -42,13 +42,20 @@ class Rows(ABC):
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows as a C-contiguous (n, n_features) array of `dtype`."""
 
+    def require_finite(self) -> None:  # noqa: B027 (most have nothing left to look for)
+        """ValueError for NaN, inf or numbers too large for `dtype`, where they have not been looked for."""
+
 
 class DenseRows(Rows):
     """Rows of an array, converted where they are taken: `x` has the dtype already, or is a memory map."""
 
-    def __init__(self, x: Array, dtype: str) -> None:
-        self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+    def __init__(self, x: Array, dtype: str, check: Callable[[], None] = lambda: None) -> None:
+        self.x, self.shape, self.dtype, self.check = x, (x.shape[0], x.shape[1]), dtype, check
         self.array = None if isinstance(x, np.memmap) else x
+
+    def require_finite(self) -> None:
+        """See `Rows.require_finite`."""
+        self.check()
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows; a slice of an array that fits as it is comes back as a view."""
@@ -82,11 +89,14 @@ class OwnRows(Rows):
         return self.ops.to_numpy(self.x)
 
 
-def as_rows(X: Any, n_features: int, dtype: str, name: str = "X", *, ops: Backend | None = None) -> Rows:
+def as_rows(
+    X: Any, n_features: int, dtype: str, name: str = "X", *, ops: Backend | None = None, check: bool = True
+) -> Rows:
     """`X` as rows of `n_features` finite numbers.
 
     X : (N, n_features) array, np.memmap, SciPy sparse matrix, DataFrame, or anything with __array__ or DLPack; an array
-    that the backend `ops` owns is not brought to the host.
+    that the backend `ops` owns is not brought to the host. check : False leaves it to the caller to see that an array
+    in memory is finite, or to call `require_finite`.
     ValueError for a wrong shape, no rows, NaN, inf or numbers too large for `dtype`; TypeError for what is not numbers.
     """
     if ops is not None and ops.owns(X):
@@ -99,8 +109,11 @@ def as_rows(X: Any, n_features: int, dtype: str, name: str = "X", *, ops: Backen
     if sparse:
         _require_finite_entries(x, dtype, name)
         return SparseRows(x, dtype)
-    _require_finite(x, dtype, name)
-    return DenseRows(x if isinstance(x, np.memmap) else np.ascontiguousarray(x, dtype), dtype)
+    if check or isinstance(x, np.memmap):
+        _require_finite(x, dtype, name)
+        return DenseRows(x if isinstance(x, np.memmap) else np.ascontiguousarray(x, dtype), dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return DenseRows(np.ascontiguousarray(x, dtype), dtype, lambda: _require_finite(x, dtype, name))
 
 
 def _own_rows(X: Array, n_features: int, dtype: str, name: str, ops: Backend) -> Rows:

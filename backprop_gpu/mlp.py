@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from backprop_gpu import checkpoint, data, storage, training
 from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
-from backprop_gpu.backends.contract import Array, Dropout
+from backprop_gpu.backends.contract import Array, Dropout, Wanted
 from backprop_gpu.backends.selection import select
 from backprop_gpu.checks import integer
 from backprop_gpu.data import OwnRows, Rows
@@ -422,13 +422,18 @@ class MLP:
         (N, n_outputs) of 0 and 1 for multi-label; (N,) or (N, n_outputs) values for the others. ValueError for bad
         input, and where the network's output is NaN, which has no label.
         """
-        outputs = self._host_outputs(self._rows(X))
+        rows = self._rows(X, check=False)
+        if self.architecture.loss.name == "cross_entropy" and (labels := self._whole(rows, "labels")) is not None:
+            if labels.min() < 0:
+                raise self._no_label(int((labels < 0).argmax()))
+            return np.asarray(labels)
+        outputs = self._host_outputs(rows)
         if np.isnan(outputs).any():
-            row = int(np.isnan(outputs).any(axis=1).argmax())
-            raise ValueError(
-                f"the network's output for row {row} is not a number: its inputs or parameters are too large"
-            )
+            raise self._no_label(int(np.isnan(outputs).any(axis=1).argmax()))
         return self._labels(outputs)
+
+    def _no_label(self, row: int) -> ValueError:
+        return ValueError(f"the network's output for row {row} is not a number: its inputs or parameters are too large")
 
     def predict_proba(self, X: Any) -> Array:
         """Probabilities: (N, n_classes) for cross_entropy, (N, n_outputs) of "yes" for binary_cross_entropy.
@@ -438,7 +443,7 @@ class MLP:
         """
         if self.architecture.loss.task != "classification":
             raise TypeError(f"a network with loss {self.architecture.loss.name!r} has no probabilities; use predict")
-        return self._outputs(self._rows(X))
+        return self._outputs(self._rows(X, check=False))
 
     def evaluate(self, X: Any, y: Any, *, sample_weight: Any = None) -> dict[str, float]:
         """The loss and how well the network does, without dropout.
@@ -446,20 +451,19 @@ class MLP:
         Returns {"loss", "accuracy"} for classification (multi-label: a row counts where all its labels are right),
         {"loss", "r2"} for regression: the coefficient of determination, averaged over the outputs.
         """
-        rows = self._rows(X)
+        rows = self._rows(X, check=False)
         return self._evaluate(rows, *self._take_in_targets(y, sample_weight, len(rows)))
 
-    def _rows(self, X: Any, name: str = "X") -> Rows:
-        """Rows, which stay where they are if that is where the backend computes."""
-        return data.as_rows(X, self.layer_sizes[0], self._array_dtype, name, ops=self.ops)
+    def _rows(self, X: Any, name: str = "X", *, check: bool = True) -> Rows:
+        """Rows, which stay where they are if that is where the backend computes; `check` as in `data.as_rows`."""
+        return data.as_rows(X, self.layer_sizes[0], self._array_dtype, name, ops=self.ops, check=check)
 
     def _evaluate(self, rows: Rows, target: Any, sample_weight: Any) -> dict[str, float]:
-        """`evaluate` for data that `_take_in` has checked."""
+        """`evaluate` for data that `_take_in` has checked, but for what `require_finite` looks at."""
         arch, ops = self.architecture, self.ops
         w = np.ones(len(rows)) if sample_weight is None else sample_weight
         total, outputs = 0.0, []
-        for chunk in self._chunks(len(rows)):
-            z = self._z_out(ops.asarray(rows.take(chunk)))
+        for chunk, z in self._z_out(rows):
             weight = None if sample_weight is None else ops.asarray(w[chunk])
             cost, _ = ops.output_delta(
                 z,
@@ -478,24 +482,40 @@ class MLP:
 
     def _outputs(self, rows: Rows) -> Array:
         """The output layer's activations, (N, n_outputs), on the host unless the rows are an array of the backend's."""
+        whole = self._whole(rows, "a")
+        if whole is not None:
+            return whole
         ops, sigma = self.ops, self.architecture.output_activation
         if isinstance(rows, OwnRows):
             outputs = ops.empty((len(rows), self.layer_sizes[-1]), self._array_dtype)
-            for chunk in self._chunks(len(rows)):
-                ops.output_forward(self._z_out(rows.take(chunk)), sigma, a=outputs[chunk])
+            for chunk, z in self._z_out(rows):
+                ops.output_forward(z, sigma, a=outputs[chunk])
             return outputs
-        chunks = (self._z_out(ops.asarray(rows.take(chunk))) for chunk in self._chunks(len(rows)))
-        return np.concatenate([ops.to_numpy(ops.output_forward(z, sigma)) for z in chunks])
+        return np.concatenate([ops.to_numpy(ops.output_forward(z, sigma)) for _, z in self._z_out(rows)])
+
+    def _whole(self, rows: Rows, wanted: Wanted) -> Array | None:
+        """What is wanted of all rows in one go, where they lie in memory and the backend can; they are finite then."""
+        whole = None
+        if rows.array is not None:
+            whole = self.ops.whole_forward(self.architecture, self._parameters, rows.array, wanted)
+        if whole is None or not whole.is_finite:
+            rows.require_finite()
+        return None if whole is None else whole.result
+
+    def _z_out(self, rows: Rows) -> Iterator[tuple[slice, Array]]:
+        """z of the output layer, without dropout, some rows at a time."""
+        whole = self._whole(rows, "z")
+        for chunk in self._chunks(len(rows)):
+            yield chunk, self._z_of(self.ops.asarray(rows.take(chunk))) if whole is None else whole[chunk]
+
+    def _z_of(self, X: Array) -> Array:
+        whole = self.ops.whole_forward(self.architecture, self._parameters, X)
+        return self.forward(X).z[-1] if whole is None else whole.result
 
     def _host_outputs(self, rows: Rows) -> npt.NDArray[Any]:
         """`_outputs`, on the host."""
         outputs = self._outputs(rows)
         return self.ops.to_numpy(outputs) if isinstance(rows, OwnRows) else outputs
-
-    def _z_out(self, X: Array) -> Array:
-        """z of the output layer, without dropout."""
-        z = self.ops.whole_forward(self.architecture, self._parameters, X)
-        return self.forward(X).z[-1] if z is None else z
 
     def _chunks(self, n_rows: int) -> list[slice]:
         size = max(1, min(PREDICT_ROWS, PREDICT_ENTRIES // max(self.layer_sizes)))

@@ -25,6 +25,12 @@ RTOL = {"float32": 1e-5, "float64": 1e-12}
 SIZES = [37, 41, 3, 67, 5]
 
 
+@pytest.fixture(autouse=True)
+def teams(monkeypatch):
+    """The networks here are so small that one thread would do every step."""
+    monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_STEP", 1)
+
+
 def draw(n, sizes=SIZES, dtype="float64", seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((n, sizes[0])).astype(dtype), rng.integers(0, sizes[-1], n)
@@ -109,6 +115,87 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
         assert plan.tile_rows % panels.BLOCK_ROWS == 0
 
 
+def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
+    monkeypatch.undo()
+
+    def n_threads(sizes, batch_size):
+        return cpu_plan.for_training(network("numpy", sizes=sizes).architecture, batch_size, "float32", 2).n_threads
+
+    assert n_threads([64, 64, 64, 10], 32) == 1
+    assert n_threads([64, 64, 64, 10], 256) == n_threads([30, 64, 64, 2], 200) == 2
+
+
+# The whole forward pass
+
+
+PATHS = ["whole", "operations"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Inference in one compiled pass, or by the five operations."""
+    few = 0 if request.param == "whole" else 1 << 60
+    monkeypatch.setattr(importlib.import_module("backprop_gpu.backends.cpu"), "FEW_PRODUCTS", few)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sizes", [[1, 1, 2], [37, 41, 67], [31, 64, 33], SIZES])
+@pytest.mark.parametrize(("n_rows", "threads"), [(1, 1), (131, 1), (1031, 3)])
+def test_inference_is_the_references(path, dtype, sizes, n_rows, threads, monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", str(threads))
+    monkeypatch.setattr(cpu_plan, "PRODUCTS_TO_START", 1)
+    X, y = draw(n_rows, sizes, dtype)
+    net, reference = (network(backend, dtype, sizes, activation="gelu") for backend in ("cpu", "numpy"))
+    assert_same(net.predict_proba(X), reference.predict_proba(X), dtype)
+    assert np.array_equal(net.predict(X), net.predict(X))
+    assert np.array_equal(net.predict(X), reference.predict(X))
+    actual, expected = net.evaluate(X, y), reference.evaluate(X, y)
+    assert actual == {name: pytest.approx(value, rel=RTOL[dtype]) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
+def test_predictions_that_are_no_classes(path, loss):
+    X, _ = draw(131)
+    net, reference = (network(backend, loss=loss) for backend in ("cpu", "numpy"))
+    assert_same(net.predict(X), reference.predict(X), "float64")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.parametrize("call", ["predict", "predict_proba", "evaluate"])
+def test_bad_rows_are_told_as_ever(path, value, call):
+    X, y = draw(131)
+    X[83, 36] = value
+    net = network("cpu", "float32", activation="tanh")  # which makes a finite number of inf
+    with pytest.raises(ValueError, match=r"X must be finite; got .* at row 83, column 36"):
+        getattr(net, call)(X, *([y] if call == "evaluate" else []))
+
+
+def test_rows_whose_sum_alone_is_too_large_are_good(path):
+    X = np.full((131, SIZES[0]), 3e38, "float32")
+    net = network("cpu", "float32", activation="tanh")
+    net.W[0][...] *= 1e-3
+    assert np.isfinite(net.predict_proba(X)).all()
+    assert set(net.predict(X)) <= set(range(SIZES[-1]))
+
+
+def test_an_output_that_is_not_a_number_has_no_label(path):
+    X, _ = draw(20, [4, 3])
+    net = network("cpu", sizes=[4, 3])
+    net.b[0][1] = np.nan
+    with pytest.raises(ValueError, match="output for row 0 is not a number"):
+        net.predict(X)
+
+
+def test_the_first_of_equal_outputs_wins_even_if_infinite(path):
+    net = network("cpu", sizes=[4, 35])
+    net.parameters[...] = 0
+    net.b[0][...] = -np.inf
+    for values, winner in (((1, 2, 2), 33), ((1, np.inf, np.inf), 33), ((-np.inf,) * 3, 0)):
+        net.b[0][[3, 33, 34]] = values
+        assert net.predict(np.ones((20, 4))).tolist() == [winner] * 20
+
+
 # Accuracy
 
 
@@ -187,6 +274,8 @@ def test_several_python_threads_may_train_at_once():
 
 FORKED = """
 import multiprocessing, numpy as np, backprop_gpu as bp
+from backprop_gpu.backends import cpu_plan
+cpu_plan.PRODUCTS_PER_STEP = 1  # so that there are teams
 def train(seed):
     rng = np.random.default_rng(0)
     net = bp.MLP([7, 40, 3], backend="cpu", seed=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from backprop_gpu.architecture import Architecture
     from backprop_gpu.data import Rows
 
-__all__ = ["AfterStep", "Array", "Backend", "Dropout", "Trainer", "TrainingJob"]
+__all__ = ["AfterStep", "Array", "Backend", "Dropout", "Trainer", "TrainingJob", "Wanted", "WholeForward"]
 
 Array: TypeAlias = Any
 """An array of the backend's own kind, C-contiguous: it has shape, ndim, dtype and len(), basic slices are views of it,
@@ -84,6 +84,17 @@ class TrainingJob:
     """Updates that the network had before this run: dropout counts its steps on from there, the optimizer from 0."""
     tune: bool = False
     """Measure the ways that the backend has, first, and take the fastest."""
+
+
+Wanted: TypeAlias = Literal["z", "a", "labels"]
+
+
+class WholeForward(NamedTuple):
+    """What a network says of some rows."""
+
+    result: Array
+    is_finite: bool
+    """All of X is finite. Where not, look at X before using `result`: only a sum may have been too large."""
 
 
 class Trainer(ABC):
@@ -365,10 +376,15 @@ class Backend(ABC):
         """
         return None
 
-    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array | None:
-        """z of the output layer, (N, n_out), for rows X, without dropout; or None where this backend has no such path.
+    def whole_forward(
+        self, architecture: Architecture, parameters: Array, X: Array, wanted: Wanted = "z"
+    ) -> WholeForward | None:
+        """The forward pass without dropout over rows X, in one go; None where this backend has no such path.
 
-        Without one, the network composes it of `dense_forward`, with the same numbers.
+        wanted : "z" or "a" of the output layer, (N, n_out); or for cross_entropy "labels", (N,) int64, the first
+        class with the largest z, and −1 where a z is NaN.
+
+        Without one, the network composes it of `dense_forward` and `output_forward`, with the same numbers.
         """
         return None
 

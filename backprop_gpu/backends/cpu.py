@@ -19,7 +19,7 @@ from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import cpu_plan
 from backprop_gpu.backends import threads as threading
-from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob
+from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob, Wanted, WholeForward
 from backprop_gpu.backends.cpu_step import StepTrainer, plain
 from backprop_gpu.backends.minibatches import shares
 from backprop_gpu.backends.numpy import NumpyBackend
@@ -43,6 +43,8 @@ def _flat(x: Array) -> Array:
 FEW_PRODUCTS = 1 << 20
 """Rows times weights of a forward pass that is over in less time than packing the weights and a compiled pass take."""
 
+WANTED = {"z": step.Z, "a": step.A, "labels": step.LABELS}
+
 OUTPUTS_PER_THREAD = 1 << 16
 """Entries of the output layer that take as long as a thread takes to start."""
 
@@ -63,21 +65,25 @@ class CpuBackend(NumpyBackend):
         """Whole compiled steps, for every job."""
         return StepTrainer(job)
 
-    def whole_forward(self, architecture: Architecture, parameters: Array, X: Array) -> Array | None:
-        """z of the output layer, a tile of rows at a time through all layers while it is in cache.
+    def whole_forward(
+        self, architecture: Architecture, parameters: Array, X: Array, wanted: Wanted = "z"
+    ) -> WholeForward | None:
+        """A tile of rows at a time goes through all layers, and whatever is wanted of it, while it is in cache.
 
         None for few rows: the five operations take them from the weights where they lie.
         """
-        if len(X) * architecture.n_weights <= FEW_PRODUCTS:
+        n_rows, n_out, dtype = len(X), architecture.layer_sizes[-1], X.dtype
+        if n_rows * architecture.n_weights <= FEW_PRODUCTS:
             return None
-        z = np.empty((len(X), architecture.layer_sizes[-1]), X.dtype)
-        plan = cpu_plan.for_inference(architecture, len(X), X.dtype.name, threading.available())
-        layout, record = _for_inference(architecture, plan, X.dtype.name)
-        memory = layout.memory()
+        plan = cpu_plan.for_inference(architecture, n_rows, dtype.name, threading.available())
+        layout, record = _for_inference(architecture, plan, dtype.name)
+        memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
+        outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
+        labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
         step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
-        x, flat = plain(X), _flat(z)
-        threading.run(plan.n_threads, lambda thread: step.infer(thread, record, layout.layers, x, memory, flat))
-        return z
+        of_thread = record, layout.layers, plain(X), memory, WANTED[wanted], _flat(outputs), labels, sums
+        threading.run(plan.n_threads, lambda thread: step.infer(thread, *of_thread))
+        return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
         sigma, n_columns, x, flat = output_delta.SIGMAS[output_activation], z.shape[1], _flat(z), _flat(a)

@@ -29,6 +29,7 @@ from backprop_gpu.kernels.numba_cpu.elementary import (
     inlined,
     log1p_unit,
 )
+from backprop_gpu.kernels.numba_cpu.panels import panel_width
 from backprop_gpu.losses import (
     LOSSES,
     AbsoluteError,
@@ -40,7 +41,7 @@ from backprop_gpu.losses import (
     SquaredError,
 )
 
-__all__ = ["CODES", "SIGMAS", "output_delta", "output_forward", "setting"]
+__all__ = ["CODES", "SIGMAS", "output_delta", "output_forward", "setting", "winners"]
 
 CODES = {name: code for code, name in enumerate(LOSSES)}
 """The code of every loss."""
@@ -111,6 +112,23 @@ def output_forward(sigma: Any, x: Any, z: Any, stride: Any, width: Any, n_rows: 
     else:
         apply_to_panels(sigma, x, z, z, tile)
     clear_padding(x, z, tile)
+
+
+@compiled
+def winners(x: Any, z: Any, stride: Any, n_rows: Any, n_columns: Any, labels: Any, first: Any) -> None:
+    """labels[first + r] = the first column with the largest z in row r of a tile; −1 where one is NaN."""
+    width = panel_width(x)
+    for r in range(n_rows):
+        best, winner, is_number = x[z + r * width], 0, True
+        for p in range((n_columns + width - 1) // width):
+            start = z + p * stride + r * width
+            part = x[start : start + min(width, n_columns - p * width)]
+            for j in range(part.size):
+                value = part[j]
+                winner = p * width + j if value > best else winner
+                best = value if value > best else best
+                is_number &= value == value
+        labels[first + r] = winner if is_number else -1
 
 
 # Panels

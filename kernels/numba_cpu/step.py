@@ -24,13 +24,16 @@ from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
 from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
-from backprop_gpu.kernels.numba_cpu.gemm import transpose_square
+from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import Batches, Memory
-from backprop_gpu.kernels.numba_cpu.output_delta import output_delta
+from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
 
-__all__ = ["infer", "load", "store", "train", "transpose"]
+__all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train", "transpose"]
+
+Z, A, LABELS = range(3)
+"""What `infer` may be asked for."""
 
 GROUP = 32
 """Blocks of which the gradient is computed before they are updated: few enough to stay in a core's cache."""
@@ -76,16 +79,35 @@ def train(
 
 
 @entry_point
-def infer(thread, plan, layers, x, memory, z):
-    """One thread's part of z of the output layer for all rows of x, without dropout; z is overwritten."""
+def infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums):
+    """One thread's part of what the network says of all rows of x, without dropout.
+
+    wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
+    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
+    """
     here, layer, memory = plan[0], layers[layers.size - 1], borrowed_memory(memory)
+    outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     low, high = rows_of(thread, here.n_threads, x.shape[0])
     at, at_tile = thread * here.span, thread * here.tile_span
+    out, n_out = layer.a + at, layer.n_out
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
+        add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
         hidden_layers(here, layers, memory, whole_blocks(rows), at, at_tile, 0, -1)
-        unpack(0, 1, memory.passes, layer.a + at, here.stride, rows, layer.n_out, z, row * layer.n_out)
+        if wanted == LABELS:
+            winners(memory.passes, out, here.stride, rows, n_out, labels, row)
+            continue
+        if wanted == A:
+            output_forward(here.sigma, memory.passes, out, here.stride, panel_width(memory.passes), rows, n_out)
+        unpack(0, 1, memory.passes, out, here.stride, rows, n_out, outputs, row * n_out)
+
+
+@compiled
+def add_columns(layer, tile, start, stride, n_rows, sums):
+    """sums += Σ_rows of every panel of a layer's input."""
+    for p in range((layer.n_in + panel_width(tile) - 1) // panel_width(tile)):
+        sum_rows(tile, start + p * stride, sums, 0, n_rows, True)
 
 
 @compiled
