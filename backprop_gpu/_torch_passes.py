@@ -14,8 +14,10 @@ is; `transposed` is the one place where it is copied.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -144,7 +146,7 @@ class Compiled:
         from backprop_gpu.backends import cpu_passes  # not before it is needed: Numba takes its time
 
         self.network = network
-        self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads)
+        self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads, _team())
         self._gradients = cpu_passes.Gradients
 
     def forward(
@@ -191,6 +193,24 @@ class Compiled:
             dropout,
         )
         return gradients
+
+
+@cache
+def _team() -> tuple[int, int, int] | None:
+    """Addresses of what starts PyTorch's own threads, in the OpenMP library that it uses; None where it has none.
+
+    Looked up among the libraries that PyTorch's own depends on: a process may hold several OpenMPs.
+    """
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        run, thread, size = (
+            ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+            for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        )
+    except (OSError, AttributeError):
+        return None
+    assert run is not None and thread is not None and size is not None
+    return run, thread, size
 
 
 def _plain(x: Tensor) -> Tensor:
