@@ -154,7 +154,7 @@ class Compiled:
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Passes`."""
         X, held = _plain(X), [p if p is None else p.contiguous() for p in parameters]
-        n_rows = len(X)
+        n_rows = X.shape[0]
         out = X.new_empty((n_rows, self.network.layer_sizes[-1]))
         kept = [X.new_empty(self._passes.n_kept(n_rows))] if keep else []
         if n_rows:
@@ -173,7 +173,7 @@ class Compiled:
         needs: Sequence[bool],
     ) -> Gradients:
         """See `Passes`."""
-        n_rows = len(X)
+        n_rows = X.shape[0]
         gradients: Gradients = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
             for tensor, needed in zip((X, *parameters), needs, strict=True)
@@ -181,14 +181,15 @@ class Compiled:
         if n_rows == 0:
             return [g if g is None else g.zero_() for g in gradients]
         d_out, held = _plain(d_out), [p.contiguous() for p in parameters[::2] if p is not None]
-        deltas = X.new_empty(self._passes.n_deltas(n_rows))
+        n_deltas = self._passes.n_deltas(n_rows)
+        deltas = X.new_empty(n_deltas) if n_deltas else None
         to = _addresses(gradients)
         self._passes.backward(
             n_rows,
-            _addresses(held),
+            [weight.data_ptr() for weight in held],
             kept[0].data_ptr(),
             d_out.data_ptr(),
-            deltas.data_ptr(),
+            0 if deltas is None else deltas.data_ptr(),
             self._gradients(to[0], to[1::2], to[2::2]),
             dropout,
         )

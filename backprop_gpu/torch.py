@@ -122,6 +122,7 @@ class FusedMLP(nn.Module):
         self._layers: list[Layer] = take_apart(self.named_children())
         sizes = (self._layers[0].n_in, *(layer.n_out for layer in self._layers))
         self._network = Network(sizes, tuple(layer.activation for layer in self._layers))
+        self._drops = any(layer.dropout is not None for layer in self._layers)
         self._passes: dict[Any, Passes] = {}
 
     @classmethod
@@ -164,11 +165,18 @@ class FusedMLP(nn.Module):
 
     def _parameters_in_turn(self) -> list[Tensor | None]:
         """Weight and bias of each layer, as they are now: `functional_call` and parametrizations replace them."""
-        linears = [self._modules[layer.linear] for layer in self._layers]
-        return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]  # type: ignore[union-attr, misc]
+        found: list[Tensor | None] = []
+        for layer in self._layers:
+            linear: Any = self._modules[layer.linear]
+            held = linear._parameters  # found there in 0.05 µs, as an attribute in 0.5
+            found.append(held["weight"] if "weight" in held else linear.weight)
+            found.append(held["bias"] if "bias" in held else linear.bias)
+        return found
 
     def _rates(self) -> tuple[float, ...] | None:
         """Dropout's rate for each layer, None where nothing is left out."""
+        if not self._drops:
+            return None
         rates = [self._rate(layer.dropout) for layer in self._layers]
         return tuple(rates) if any(rates) else None
 

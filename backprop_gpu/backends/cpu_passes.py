@@ -33,8 +33,12 @@ Record = npt.NDArray[Any]
 FLOPS_PER_THREAD = 8e6
 """Work for which a further thread is started: 50 to 100 µs of it, where starting one costs 25 to 70."""
 
-FLOPS_PER_MEMBER = 1e6
-"""Work for which a further thread of a team is asked."""
+FLOPS_PER_MEMBER = 4e6
+"""Work for which a further thread of a team is asked: 40 µs of it.
+
+It takes 2.4 µs to reach them, but each then reads what others have packed out of the others' caches: with 2.5e6 in all,
+in 32 µs, two threads took 42 (Zen 4).
+"""
 
 SHARED_TILE_BYTES = 512 << 10
 """What a tile may take where every thread reads all weights anew for each: half of the second-level cache."""
@@ -68,7 +72,6 @@ class Call(NamedTuple):
     """The addresses, as the pass wants them."""
     addresses: struct.Struct
     """Writes them all."""
-    layers: Record
 
 
 class Workspace(NamedTuple):
@@ -222,11 +225,10 @@ class Passes:
         X : (n_rows, n_inputs); weights : (n_out, n_in) each; biases : (n_out,) each, or 0.
         """
         space = self._take()
-        call = self._call(passes.forward, space, n_rows, bool(kept))
-        size = self.n_kept(n_rows) if kept else space.kept.size
-        VARIABLE.pack_into(call.numbers, 0, _seed(dropout), 0, X, out, kept or space.addresses[0], size, 0, 0, 0, 0)
+        call = self._call(passes.forward, space, n_rows, bool(kept), dropout)
+        VARIABLE.pack_into(call.numbers, 0, _seed(dropout), 0, X, out, kept or space.addresses[0], 0, 0, 0)
         call.addresses.pack_into(call.parameters, 0, *weights, *biases, *self.none, *self.none)
-        self._run(call, space, dropout)
+        self._run(call, space)
 
     def backward(
         self,
@@ -246,16 +248,15 @@ class Passes:
         wanted = (dX or W or b for W, b in zip(d_weights, d_biases, strict=True))
         lowest = next(index for index, address in enumerate(wanted) if address)
         space = self._take()
-        call = self._call(passes.backward, space, n_rows, True)
-        deltas, size = (space.addresses[1], space.deltas.size) if self.split_rows else (deltas, self.n_deltas(n_rows))
-        numbers = _seed(dropout), lowest, 0, 0, kept, self.n_kept(n_rows), deltas, size, d_out, dX
-        VARIABLE.pack_into(call.numbers, 0, *numbers)
+        call = self._call(passes.backward, space, n_rows, True, dropout)
+        deltas = space.addresses[1] if self.split_rows else deltas
+        VARIABLE.pack_into(call.numbers, 0, _seed(dropout), lowest, 0, 0, kept, deltas, d_out, dX)
         call.addresses.pack_into(call.parameters, 0, *weights, *self.none, *d_weights, *d_biases)
-        self._run(call, space, dropout)
+        self._run(call, space)
 
-    def _call(self, entry: Any, space: Workspace, n_rows: int, keeps: bool) -> Call:
+    def _call(self, entry: Any, space: Workspace, n_rows: int, keeps: bool, dropout: Dropout | None) -> Call:
         """What a pass over so many rows is called with; what changes from call to call is to be written into it."""
-        key = entry, n_rows, self._n_threads(n_rows), keeps
+        key = entry, n_rows, self._n_threads(n_rows), keeps, None if dropout is None else dropout.rates
         call = space.calls.get(key)
         if call is None:
             if len(space.calls) >= MOST_KNOWN:
@@ -263,17 +264,21 @@ class Passes:
             call = space.calls[key] = self._new_call(space, *key)
         return call
 
-    def _new_call(self, space: Workspace, entry: Any, n_rows: int, n_threads: int, keeps: bool) -> Call:
+    def _new_call(
+        self, space: Workspace, entry: Any, n_rows: int, n_threads: int, keeps: bool, rates: tuple[float, ...] | None
+    ) -> Call:
         network, layers = self._records(n_rows, n_threads, keeps)
+        network["n_kept"] = self.n_kept(n_rows) if keeps else space.kept.size
+        network["n_deltas"] = space.deltas.size if self.split_rows else self.n_deltas(n_rows)
+        layers["dropout"] = rates or 0
         parameters = np.zeros((4, len(layers)), np.int64)
         arguments = self.team, network, layers, parameters, space.work, space.barrier
         code = entry.specialised(0, *arguments)
-        numbers = network.view(np.uint8)[passes.NETWORK.fields["seed"][1] :]  # type: ignore[index]
-        return Call(code, n_threads, arguments, numbers, parameters, struct.Struct(f"{parameters.size}q"), layers)
+        numbers = network.view(np.uint8)[-VARIABLE.size :]
+        return Call(code, n_threads, arguments, numbers, parameters, struct.Struct(f"{parameters.size}q"))
 
-    def _run(self, call: Call, space: Workspace, dropout: Dropout | None) -> None:
+    def _run(self, call: Call, space: Workspace) -> None:
         """The pass on its threads; then the memory is free again."""
-        call.layers["dropout"] = 0 if dropout is None else dropout.rates
         code, arguments = call.code, call.arguments
         if call.n_threads == 1:
             code(0, *arguments)
@@ -324,7 +329,7 @@ class Passes:
             return self._workspace()
 
 
-VARIABLE = struct.Struct("Q9q")
+VARIABLE = struct.Struct("Q7q")
 """What a call changes of a NETWORK record: `seed` and all after it."""
 
 

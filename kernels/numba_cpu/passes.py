@@ -60,15 +60,15 @@ NETWORK = np.dtype(
         ("delta_span", "i8"),
         ("tile_stride", "i8"),  # from panel to panel of a tile of its own, and from thread to thread
         ("tile_span", "i8"),
+        ("n_kept", "i8"),  # entries of `kept` and `deltas`
+        ("n_deltas", "i8"),
+        # What changes from call to call: addresses of the first entry, but for two
         ("seed", "u8"),  # of the dropout masks
         ("lowest", "i8"),  # the lowest layer whose δ is wanted
-        # Addresses of the first entry, and sizes
         ("X", "i8"),
         ("out", "i8"),
         ("kept", "i8"),
-        ("n_kept", "i8"),
         ("deltas", "i8"),
-        ("n_deltas", "i8"),
         ("d_out", "i8"),  # ∂C/∂out
         ("dX", "i8"),  # 0 where it is not wanted
     ],
