@@ -204,13 +204,10 @@ def _team() -> tuple[int, int, int] | None:
     """
     try:
         library = ctypes.CDLL(torch._C.__file__)
-        run, thread, size = (
-            ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-            for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        )
+        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
     except (OSError, AttributeError):
         return None
-    assert run is not None and thread is not None and size is not None
+    run, thread, size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
     return run, thread, size
 
 
@@ -321,9 +318,25 @@ class Operations:
 def _cupy_stream(X: Tensor) -> Iterator[None]:
     import cupy
 
-    stream = torch.cuda.current_stream(X.device)
-    with cupy.cuda.Device(X.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, X.device.index):
+    cuda, device = cupy.cuda, X.device.index
+    stream = cuda.ExternalStream(torch.cuda.current_stream(X.device).cuda_stream, device)
+    with cuda.Device(device), stream, cuda.using_allocator(_torch_memory().malloc):
         yield
+
+
+@cache
+def _torch_memory() -> Any:
+    """PyTorch's caching allocator for CuPy: what is allocated while a CUDA graph is captured has to be that graph's."""
+    import cupy
+
+    def allocate(size: int, device: int) -> int:
+        stream = cupy.cuda.get_current_stream().ptr
+        return int(torch.cuda.caching_allocator_alloc(size, device, stream))
+
+    def free(address: int, device: int) -> None:
+        torch.cuda.caching_allocator_delete(address)
+
+    return cupy.cuda.PythonFunctionAllocator(allocate, free)
 
 
 def _of_layer(dropout: Dropout | None, layer: int) -> contract.Dropout | None:

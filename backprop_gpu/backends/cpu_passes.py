@@ -66,9 +66,9 @@ class Call(NamedTuple):
     n_threads: int
     arguments: tuple[Any, ...]
     """All but the thread."""
-    numbers: npt.NDArray[np.uint8]
+    numbers: memoryview
     """What changes of the NETWORK record: VARIABLE."""
-    parameters: npt.NDArray[np.int64]
+    parameters: memoryview
     """The addresses, as the pass wants them."""
     addresses: struct.Struct
     """Writes them all."""
@@ -97,9 +97,7 @@ class Passes:
         `n_threads` is to do the work; None where threads have to be started
     """
 
-    def __init__(
-        self, network: Network, dtype: str, n_threads: int, team: tuple[int, int, int] | None = None
-    ) -> None:
+    def __init__(self, network: Network, dtype: str, n_threads: int, team: tuple[int, int, int] | None = None) -> None:
         self.network, self.dtype, self.n_threads = network, np.dtype(dtype), n_threads
         self.panel = width(dtype)
         self.flops_per_row = 2 * sum(n_in * n_out for n_in, n_out in pairwise(network.layer_sizes))
@@ -274,8 +272,8 @@ class Passes:
         parameters = np.zeros((4, len(layers)), np.int64)
         arguments = self.team, network, layers, parameters, space.work, space.barrier
         code = entry.specialised(0, *arguments)
-        numbers = network.view(np.uint8)[-VARIABLE.size :]
-        return Call(code, n_threads, arguments, numbers, parameters, struct.Struct(f"{parameters.size}q"))
+        numbers = network.view(np.uint8)[-VARIABLE.size :].data
+        return Call(code, n_threads, arguments, numbers, parameters.data, struct.Struct(f"{parameters.size}q"))
 
     def _run(self, call: Call, space: Workspace) -> None:
         """The pass on its threads; then the memory is free again."""

@@ -72,6 +72,7 @@ class CudaBackend(Backend):
         self.cp = cp or _cupy()
         self.kernels = Kernels(self.cp)
         self.dtype = dtype
+        self._tables: dict[tuple[int, int, int, bool], Array] = {}
         capability = int(self.cp.cuda.Device().compute_capability)
         self.dtypes = tuple(name for name, number in NUMBERS.items() if capability >= number.oldest_capability)
 
@@ -231,9 +232,23 @@ class CudaBackend(Backend):
         parts_b = cp.empty((plan.n_parts, n_out), dW.dtype)
         kernels.dense_gradients(self._operand(a_prev), self._operand(delta), parts_W, parts_b, plan)()
         for parts, out, weights in ((parts_W, dW, W), (parts_b, db, None)):
-            table = cp.asarray(stretches([(out.size, plan.n_parts, weights is not None)]))
+            table = self._table(out.size, plan.n_parts, weights is not None)
             n_blocks = kernels.parameter_blocks([out.size])
             kernels.sum_parts(parts, table, n_blocks, weights, out, alpha=alpha, accumulate=accumulate)()
+
+    def _table(self, count: int, n_parts: int, weights: bool) -> Array:
+        """`stretches` of a single one, on the device for good: a CUDA graph would not repeat its copy from the host."""
+        key = (self.cp.cuda.Device().id, count, n_parts, weights)
+        if key not in self._tables:
+            stream = self.cp.cuda.get_current_stream()
+            if stream.is_capturing():
+                raise RuntimeError(
+                    "dense_gradients needs a table for these sizes, which is copied to the GPU when they first occur; "
+                    "a CUDA graph would not repeat that: run what is to be captured once before the capture"
+                )
+            self._tables[key] = self.cp.asarray(stretches([(count, n_parts, weights)]))
+            stream.synchronize()  # operations on other streams will read it
+        return self._tables[key]
 
     def _update(
         self,

@@ -60,9 +60,7 @@ def _member(context: Any, module: Any, shared: Any, result: Any) -> Any:
         builder.sext(builder.call(builder.inttoptr(address, kind), []), SIZE)
         for address in (get_thread_num, get_num_threads)
     )
-    takes_part = builder.and_(
-        builder.icmp_signed("<", thread, n_threads), builder.icmp_signed("<=", n_threads, size)
-    )
+    takes_part = builder.and_(builder.icmp_signed("<", thread, n_threads), builder.icmp_signed("<=", n_threads, size))
     with builder.if_then(takes_part):
         context.call_internal_no_propagate(builder, result.fndesc, result.signature, [thread, *arguments])
         with builder.if_then(builder.icmp_signed("==", thread, SIZE(0))):
