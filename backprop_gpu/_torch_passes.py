@@ -334,7 +334,7 @@ def _torch_memory() -> Any:
         return int(torch.cuda.caching_allocator_alloc(size, device, stream))
 
     def free(address: int, device: int) -> None:
-        torch.cuda.caching_allocator_delete(address)
+        torch.cuda.caching_allocator_delete(address)  # type: ignore[no-untyped-call]
 
     return cupy.cuda.PythonFunctionAllocator(allocate, free)
 
