@@ -14,8 +14,10 @@ is; `transposed` is the one place where it is copied.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -144,7 +146,7 @@ class Compiled:
         from backprop_gpu.backends import cpu_passes  # not before it is needed: Numba takes its time
 
         self.network = network
-        self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads)
+        self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads, _team())
         self._gradients = cpu_passes.Gradients
 
     def forward(
@@ -152,7 +154,7 @@ class Compiled:
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Passes`."""
         X, held = _plain(X), [p if p is None else p.contiguous() for p in parameters]
-        n_rows = len(X)
+        n_rows = X.shape[0]
         out = X.new_empty((n_rows, self.network.layer_sizes[-1]))
         kept = [X.new_empty(self._passes.n_kept(n_rows))] if keep else []
         if n_rows:
@@ -171,7 +173,7 @@ class Compiled:
         needs: Sequence[bool],
     ) -> Gradients:
         """See `Passes`."""
-        n_rows = len(X)
+        n_rows = X.shape[0]
         gradients: Gradients = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
             for tensor, needed in zip((X, *parameters), needs, strict=True)
@@ -179,18 +181,34 @@ class Compiled:
         if n_rows == 0:
             return [g if g is None else g.zero_() for g in gradients]
         d_out, held = _plain(d_out), [p.contiguous() for p in parameters[::2] if p is not None]
-        deltas = X.new_empty(self._passes.n_deltas(n_rows))
+        n_deltas = self._passes.n_deltas(n_rows)
+        deltas = X.new_empty(n_deltas) if n_deltas else None
         to = _addresses(gradients)
         self._passes.backward(
             n_rows,
-            _addresses(held),
+            [weight.data_ptr() for weight in held],
             kept[0].data_ptr(),
             d_out.data_ptr(),
-            deltas.data_ptr(),
+            0 if deltas is None else deltas.data_ptr(),
             self._gradients(to[0], to[1::2], to[2::2]),
             dropout,
         )
         return gradients
+
+
+@cache
+def _team() -> tuple[int, int, int] | None:
+    """Addresses of what starts PyTorch's own threads, in the OpenMP library that it uses; None where it has none.
+
+    Looked up among the libraries that PyTorch's own depends on: a process may hold several OpenMPs.
+    """
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+    except (OSError, AttributeError):
+        return None
+    run, thread, size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return run, thread, size
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -300,9 +318,25 @@ class Operations:
 def _cupy_stream(X: Tensor) -> Iterator[None]:
     import cupy
 
-    stream = torch.cuda.current_stream(X.device)
-    with cupy.cuda.Device(X.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, X.device.index):
+    cuda, device = cupy.cuda, X.device.index
+    stream = cuda.ExternalStream(torch.cuda.current_stream(X.device).cuda_stream, device)
+    with cuda.Device(device), stream, cuda.using_allocator(_torch_memory().malloc):
         yield
+
+
+@cache
+def _torch_memory() -> Any:
+    """PyTorch's caching allocator for CuPy: what is allocated while a CUDA graph is captured has to be that graph's."""
+    import cupy
+
+    def allocate(size: int, device: int) -> int:
+        stream = cupy.cuda.get_current_stream().ptr
+        return int(torch.cuda.caching_allocator_alloc(size, device, stream))
+
+    def free(address: int, device: int) -> None:
+        torch.cuda.caching_allocator_delete(address)  # type: ignore[no-untyped-call]
+
+    return cupy.cuda.PythonFunctionAllocator(allocate, free)
 
 
 def _of_layer(dropout: Dropout | None, layer: int) -> contract.Dropout | None:

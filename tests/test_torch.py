@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from torch import nn  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 
+from backprop_gpu import _torch_passes  # noqa: E402
 from backprop_gpu._torch_passes import Compiled, Fused, Operations  # noqa: E402
+from backprop_gpu.backends import cpu_passes  # noqa: E402
 from backprop_gpu.backends.passes import Dropout, Network  # noqa: E402
 from backprop_gpu.torch import FusedMLP, Sine, from_mlp, from_torch, to_mlp  # noqa: E402
 
@@ -69,24 +72,82 @@ def test_agrees_with_sequential(activation, sizes, rows):
         assert _gap(actual, expected) <= FLOAT32
 
 
+@pytest.fixture
+def on_threads(monkeypatch):
+    """on_threads(n): from here on n threads, for however little work."""
+    before = torch.get_num_threads()
+
+    def use(n):
+        for limit in ("FLOPS_PER_THREAD", "FLOPS_PER_MEMBER"):
+            monkeypatch.setattr(cpu_passes, limit, 1)
+        monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", str(n))
+        torch.set_num_threads(n)
+
+    yield use
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["PyTorch's threads", "threads of our own"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("sizes", "rows"), SHAPES)
-def test_any_number_of_threads(sizes, rows, threads, monkeypatch):
-    from backprop_gpu.backends import cpu_passes
+def test_any_number_of_threads(sizes, rows, threads, started, on_threads, monkeypatch):
+    on_threads(threads)
+    if started:
+        monkeypatch.setattr(_torch_passes, "_team", lambda: None)
+    mlp, plain = _pair(sizes, "silu", torch.float64)
+    X, d_out = torch.randn(rows, sizes[0]).double(), torch.randn(rows, sizes[-1]).double()
+    first, again = (_gradients(mlp, X, d_out) for _ in range(2))
+    for actual, repeated, expected in zip(first, again, _gradients(plain, X, d_out), strict=True):
+        assert _gap(actual, expected) <= 1e-12
+        assert torch.equal(actual, repeated)
 
-    monkeypatch.setattr(cpu_passes, "FLOPS_PER_THREAD", 1)
-    monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", str(threads))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        mlp, plain = _pair(sizes, "silu", torch.float64)
-        X, d_out = torch.randn(rows, sizes[0]).double(), torch.randn(rows, sizes[-1]).double()
-        first, again = (_gradients(mlp, X, d_out) for _ in range(2))
-        for actual, repeated, expected in zip(first, again, _gradients(plain, X, d_out), strict=True):
-            assert _gap(actual, expected) <= 1e-12
-            assert torch.equal(actual, repeated)
-    finally:
-        torch.set_num_threads(before)
+
+@pytest.mark.skipif(_torch_passes._team() is None, reason="PyTorch has no OpenMP library of GCC's interface here")
+def test_no_thread_is_started_where_pytorch_has_a_team(on_threads, monkeypatch):
+    on_threads(2)
+    monkeypatch.setattr(cpu_passes.threads, "run", None)
+    mlp = FusedMLP([5, 64, 3], "tanh")
+    mlp(torch.randn(64, 5)).sum().backward()
+    (passes,) = mlp._passes.values()
+    assert {call.n_threads for space in passes._passes.free for call in space.calls.values()} == {2}
+
+
+@pytest.mark.parametrize("instead", ["smaller", "forked"])
+def test_without_the_team_threads_are_started(instead, tmp_path):
+    """OpenMP gives fewer threads than asked for, or the process is a fork, which PyTorch's threads did not follow."""
+    if instead == "forked" and not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    environment = {"OMP_THREAD_LIMIT": "1"} if instead == "smaller" else {}
+    environment |= {"BACKPROP_GPU_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
+    worker = [sys.executable, "-c", WITHOUT_TEAM, instead]
+    subprocess.run(worker, env={**os.environ, **environment}, check=True, timeout=120)
+
+
+WITHOUT_TEAM = """
+import os, sys, torch
+from backprop_gpu.backends import cpu_passes
+from backprop_gpu.torch import FusedMLP
+
+cpu_passes.FLOPS_PER_MEMBER = cpu_passes.FLOPS_PER_THREAD = 1
+torch.set_num_threads(2)
+run, runs = cpu_passes.threads.run, []
+cpu_passes.threads.run = lambda *arguments: runs.append(1) or run(*arguments)
+mlp = FusedMLP([5, 64, 3], "tanh", dtype=torch.float64)
+X = torch.randn(64, 5, dtype=torch.float64)
+plain = mlp.to_torch()
+mlp(X).sum().backward()
+if sys.argv[1] == "forked":
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    mlp.zero_grad()
+    runs.clear()
+    mlp(X).sum().backward()
+torch.set_num_threads(1)  # for PyTorch's own operations, which a fork cannot do on more
+plain(X).sum().backward()
+agree = all(torch.allclose(p.grad, q.grad, atol=1e-12) for p, q in zip(mlp.parameters(), plain.parameters()))
+os._exit(0 if agree and len(runs) == 2 else 1)
+"""
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -270,6 +331,77 @@ def test_passes_by_the_operations(activation, needs, passes_of):
         assert not needed or _gap(actual, expected) <= FLOAT32
 
 
+class _Pooled(_Emulated):
+    """In the second round memory comes from the first, as a graph's comes from PyTorch's allocator."""
+
+    def __init__(self, network, ops, monkeypatch):
+        super().__init__(network, ops)
+        self.pool, self.parameters, self.round = [], {}, 1
+        allocate = ops.cp.empty
+        monkeypatch.setattr(ops.cp, "empty", lambda *arguments: self._pooled(allocate, *arguments))
+        transpose = _torch_passes.transposed
+        monkeypatch.setattr(_torch_passes, "transposed", lambda weight: self._held(weight, transpose))
+
+    def _pooled(self, allocate, *arguments):
+        if self.round == 1:
+            self.pool.append(allocate(*arguments))
+            return self.pool[-1]
+        self.pool.append(self.pool.pop(0))
+        assert self.pool[-1].shape == arguments[0]
+        return self.pool[-1]
+
+    def on_device(self, tensor):
+        held = self.ops.asarray(tensor.detach().numpy())
+        copy = torch.from_numpy(held._view)
+        copy.emulated = held
+        return copy
+
+    def _held(self, tensor, change=lambda x: x):
+        key = tensor.data_ptr()
+        if key not in self.parameters:
+            self.parameters[key] = tensor, self.on_device(change(tensor))
+        return self.parameters[key][1]
+
+    def _array(self, tensor):
+        return super()._array(tensor if hasattr(tensor, "emulated") else self._held(tensor))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, test_in_a_cuda_graph captures them")
+def test_both_passes_can_be_captured_after_a_first_run(monkeypatch):
+    """Executed on the CPU: nothing is copied from the host, nothing waited for, and no memory but the pool's taken."""
+    if not any(status.name == "cuda" and status.works for status in bp.backends()):
+        pytest.skip("the CUDA kernels cannot be executed on this machine's CPU: see test_cuda_on_cpu.py")
+    network, ops = Network((5, 11, 3), ("silu", "identity")), bp.get_backend("cuda")
+    passes = _Pooled(network, ops, monkeypatch)
+    parameters = [p.detach() for p in FusedMLP((5, 11, 3)).parameters()]
+    X, d_out = (passes.on_device(torch.randn(13, n)) for n in (5, 3))
+
+    def both():
+        out, kept = passes.forward(X, parameters, None, keep=True)
+        return [out, *passes.backward(X, parameters, kept, d_out, None, [True] * 5)]
+
+    ops._tables.clear()
+    with ops.cp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        with pytest.raises(RuntimeError, match="run what is to be captured once before the capture"):
+            ops._table(7, 1, False)
+        stream.end_capture()
+        both()
+        passes.round = 2
+        stream.begin_capture()
+        results = both()
+        graph = stream.end_capture()
+    X.emulated[...] = ops.asarray(torch.randn(13, 5).numpy())
+    for tensor in results:
+        tensor.fill_(torch.nan)
+    graph.launch()
+    compiled = Compiled(network, torch.float32, 1)
+    out, kept = compiled.forward(X.clone(), parameters, None, keep=True)
+    expected = [out, *compiled.backward(X.clone(), parameters, kept, d_out.clone(), None, [True] * 5)]
+    for actual, wanted in zip(results, expected, strict=True):
+        assert _gap(actual, wanted) <= FLOAT32
+
+
 def test_operations_under_autograd():
     sizes = (5, 11, 3)
     mlp, plain = _pair(sizes, "silu")
@@ -290,6 +422,25 @@ def test_on_a_gpu_on_a_stream_of_its_own():
     with torch.cuda.stream(torch.cuda.Stream()):
         found = _gradients(mlp, X, d_out)
     torch.cuda.synchronize()
+    for actual, expected in zip(found, _gradients(plain, X, d_out), strict=True):
+        assert _gap(actual, expected) <= FLOAT32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")
+def test_in_a_cuda_graph():
+    mlp, plain = (module.cuda() for module in _pair((30, 64, 64, 2), "gelu"))
+    X, d_out = torch.randn(200, 30, device="cuda"), torch.randn(200, 2, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _gradients(mlp, X, d_out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _gradients(mlp, X, d_out)
+    X.copy_(torch.randn(200, 30))
+    graph.replay()
     for actual, expected in zip(found, _gradients(plain, X, d_out), strict=True):
         assert _gap(actual, expected) <= FLOAT32
 

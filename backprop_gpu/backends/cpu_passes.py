@@ -8,8 +8,9 @@ arrays. Whoever calls answers for them: of `dtype`, contiguous, on this machine,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import struct
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -32,6 +33,13 @@ Record = npt.NDArray[Any]
 FLOPS_PER_THREAD = 8e6
 """Work for which a further thread is started: 50 to 100 µs of it, where starting one costs 25 to 70."""
 
+FLOPS_PER_MEMBER = 4e6
+"""Work for which a further thread of a team is asked: 40 µs of it.
+
+It takes 2.4 µs to reach them, but each then reads what others have packed out of the others' caches: with 2.5e6 in all,
+in 32 µs, two threads took 42 (Zen 4).
+"""
+
 SHARED_TILE_BYTES = 512 << 10
 """What a tile may take where every thread reads all weights anew for each: half of the second-level cache."""
 
@@ -42,14 +50,28 @@ MOST_KNOWN = 64
 """Numbers of rows for which the records are remembered."""
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Addresses of what the backward pass is to write; 0 for what is not wanted."""
 
     X: int
     weights: Sequence[int]
     """(n_out, n_in) each."""
     biases: Sequence[int]
+
+
+class Call(NamedTuple):
+    """A pass over some number of rows, ready to be called again."""
+
+    code: Callable[..., bool]
+    n_threads: int
+    arguments: tuple[Any, ...]
+    """All but the thread."""
+    numbers: memoryview
+    """What changes of the NETWORK record: VARIABLE."""
+    parameters: memoryview
+    """The addresses, as the pass wants them."""
+    addresses: struct.Struct
+    """Writes them all."""
 
 
 class Workspace(NamedTuple):
@@ -63,15 +85,19 @@ class Workspace(NamedTuple):
     addresses: tuple[int, int]
     """Of the two."""
     barrier: npt.NDArray[np.int64]
+    calls: dict[Any, Call]
 
 
 class Passes:
     """The passes of one network in one dtype, on at most `n_threads` threads, with memory of their own.
 
     May be called from several threads at a time.
+
+    team : addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the OpenMP library whose team of
+        `n_threads` is to do the work; None where threads have to be started
     """
 
-    def __init__(self, network: Network, dtype: str, n_threads: int) -> None:
+    def __init__(self, network: Network, dtype: str, n_threads: int, team: tuple[int, int, int] | None = None) -> None:
         self.network, self.dtype, self.n_threads = network, np.dtype(dtype), n_threads
         self.panel = width(dtype)
         self.flops_per_row = 2 * sum(n_in * n_out for n_in, n_out in pairwise(network.layer_sizes))
@@ -82,9 +108,10 @@ class Passes:
         self.n_gradients = self._place_gradients()
         self.kept_columns, self.delta_columns = self._place_columns()
         self.tile_rows = self._tile_rows()
+        self.team = np.array([*(team or (0, 0, 0)), n_threads])
+        self.flops_per_thread = FLOPS_PER_MEMBER if team else FLOPS_PER_THREAD
+        self.process = os.getpid()
         self.free: list[Workspace] = []
-        self.entries: dict[Any, Any] = {}
-        self.known: dict[tuple[int, int, bool], tuple[dict[str, int], Record]] = {}
         self.none = [0] * len(self.layers)
 
     # Where everything lies
@@ -173,7 +200,7 @@ class Passes:
             whole[start : start + size] for start, size in zip(starts, sizes, strict=False)
         )
         work = passes.Work(packed, transposed, gradients.reshape(self.n_threads, n_gradients), tiles, zeros)
-        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), barriers.new())
+        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), barriers.new(), {})
 
     def _span(self, columns: int) -> int:
         """From one thread's tile of so many columns to the next: not a multiple of a page."""
@@ -196,14 +223,10 @@ class Passes:
         X : (n_rows, n_inputs); weights : (n_out, n_in) each; biases : (n_out,) each, or 0.
         """
         space = self._take()
-        arrays = {"X": X, "out": out}
-        if kept:
-            arrays |= {"kept": kept, "n_kept": self.n_kept(n_rows)}
-        else:
-            span = self._span(self.kept_columns)
-            arrays |= {"kept": space.addresses[0], "n_kept": space.kept.size, "kept_span": span}
-        addresses = [weights, biases, self.none, self.none]
-        self._run(passes.forward, space, n_rows, bool(kept), arrays, addresses, dropout)
+        call = self._call(passes.forward, space, n_rows, bool(kept), dropout)
+        VARIABLE.pack_into(call.numbers, 0, _seed(dropout), 0, X, out, kept or space.addresses[0], 0, 0, 0)
+        call.addresses.pack_into(call.parameters, 0, *weights, *biases, *self.none, *self.none)
+        self._run(call, space)
 
     def backward(
         self,
@@ -219,59 +242,54 @@ class Passes:
 
         deltas : n_deltas(n_rows) entries to work with; at least one gradient has to be wanted.
         """
+        dX, d_weights, d_biases = gradients
+        wanted = (dX or W or b for W, b in zip(d_weights, d_biases, strict=True))
+        lowest = next(index for index, address in enumerate(wanted) if address)
         space = self._take()
-        wanted = (gradients.X or W or b for W, b in zip(gradients.weights, gradients.biases, strict=True))
-        arrays = {
-            "lowest": next(index for index, address in enumerate(wanted) if address),
-            "kept": kept,
-            "n_kept": self.n_kept(n_rows),
-            "deltas": space.addresses[1] if self.split_rows else deltas,
-            "n_deltas": space.deltas.size if self.split_rows else self.n_deltas(n_rows),
-            "d_out": d_out,
-            "dX": gradients.X,
-        }
-        addresses = [weights, self.none, gradients.weights, gradients.biases]
-        self._run(passes.backward, space, n_rows, True, arrays, addresses, dropout)
+        call = self._call(passes.backward, space, n_rows, True, dropout)
+        deltas = space.addresses[1] if self.split_rows else deltas
+        VARIABLE.pack_into(call.numbers, 0, _seed(dropout), lowest, 0, 0, kept, deltas, d_out, dX)
+        call.addresses.pack_into(call.parameters, 0, *weights, *self.none, *d_weights, *d_biases)
+        self._run(call, space)
 
-    def _run(
-        self,
-        entry: Any,
-        space: Workspace,
-        n_rows: int,
-        keeps: bool,
-        arrays: dict[str, int],
-        addresses: list[Sequence[int]],
-        dropout: Dropout | None,
-    ) -> None:
+    def _call(self, entry: Any, space: Workspace, n_rows: int, keeps: bool, dropout: Dropout | None) -> Call:
+        """What a pass over so many rows is called with; what changes from call to call is to be written into it."""
+        key = entry, n_rows, self._n_threads(n_rows), keeps, None if dropout is None else dropout.rates
+        call = space.calls.get(key)
+        if call is None:
+            if len(space.calls) >= MOST_KNOWN:
+                space.calls.clear()
+            call = space.calls[key] = self._new_call(space, *key)
+        return call
+
+    def _new_call(
+        self, space: Workspace, entry: Any, n_rows: int, n_threads: int, keeps: bool, rates: tuple[float, ...] | None
+    ) -> Call:
+        network, layers = self._records(n_rows, n_threads, keeps)
+        network["n_kept"] = self.n_kept(n_rows) if keeps else space.kept.size
+        network["n_deltas"] = space.deltas.size if self.split_rows else self.n_deltas(n_rows)
+        layers["dropout"] = rates or 0
+        parameters = np.zeros((4, len(layers)), np.int64)
+        arguments = self.team, network, layers, parameters, space.work, space.barrier
+        code = entry.specialised(0, *arguments)
+        numbers = network.view(np.uint8)[-VARIABLE.size :].data
+        return Call(code, n_threads, arguments, numbers, parameters.data, struct.Struct(f"{parameters.size}q"))
+
+    def _run(self, call: Call, space: Workspace) -> None:
         """The pass on its threads; then the memory is free again."""
-        n_threads = self._n_threads(n_rows)
-        numbers, layers = self._records(n_rows, n_threads, keeps)
-        numbers |= arrays
-        if dropout is not None:
-            layers = layers.copy()
-            layers["dropout"], numbers["seed"] = dropout.rates, dropout.seed
-        record = np.array(list(numbers.values())).view(passes.NETWORK)
-        arguments = record, layers, np.array(addresses), space.work, space.barrier
-        code = self.entries.get(entry)
-        if code is None:
-            code = self.entries[entry] = entry.specialised(0, *arguments)
-        if n_threads == 1:
+        code, arguments = call.code, call.arguments
+        if call.n_threads == 1:
             code(0, *arguments)
-        else:
-            threads.run(n_threads, lambda thread: code(thread, *arguments), lambda: barriers.stop(space.barrier))
+        elif not (self._has_team() and code(passes.ALL, *arguments)):
+            threads.run(call.n_threads, lambda thread: code(thread, *arguments), lambda: barriers.stop(space.barrier))
         self.free.append(space)
 
-    def _records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[dict[str, int], Record]:
-        """A copy of the numbers of the NETWORK record, in their order, and the LAYER records: what sizes decide."""
-        key = n_rows, n_threads, keeps
-        known = self.known.get(key)
-        if known is None:
-            if len(self.known) >= MOST_KNOWN:
-                self.known.clear()
-            known = self.known[key] = self._new_records(n_rows, n_threads, keeps)
-        return known[0].copy(), known[1]
+    def _has_team(self) -> bool:
+        """A team's threads are not there in a forked process, which would wait for them for ever."""
+        return bool(self.team[0]) and os.getpid() == self.process
 
-    def _new_records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[dict[str, int], Record]:
+    def _records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[Record, Record]:
+        """The NETWORK record and the LAYER records, as far as sizes decide them."""
         kept_rows = self._shared_rows(n_rows) if keeps else self.tile_rows
         delta_rows = self.tile_rows if self.split_rows else self._shared_rows(n_rows)
         layers = self.layers.copy()
@@ -279,24 +297,27 @@ class Passes:
             layers[field] *= kept_rows
         layers["delta"] *= delta_rows
         rows_each = math.ceil(n_rows / n_threads)
-        numbers = dict.fromkeys(passes.NETWORK.names or (), 0)
-        numbers |= {
+        network = np.zeros(1, passes.NETWORK)
+        numbers = {
             "n_layers": len(layers),
             "n_threads": n_threads,
             "n_rows": n_rows,
             "tile_rows": int(round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)),
             "split_rows": int(self.split_rows),
             "kept_stride": kept_rows * self.panel,
+            "kept_span": 0 if keeps else self._span(self.kept_columns),
             "delta_stride": delta_rows * self.panel,
             "delta_span": self._span(self.delta_columns),
             "tile_stride": self.tile_rows * self.panel,
             "tile_span": self._span(max(self.columns)),
         }
-        return numbers, layers
+        for name, number in numbers.items():
+            network[name] = number
+        return network, layers
 
     def _n_threads(self, n_rows: int) -> int:
         """As many as there is work for; who else has a say is asked only where it is for more than one."""
-        n_threads = min(self.n_threads, int(n_rows * self.flops_per_row / FLOPS_PER_THREAD))
+        n_threads = min(self.n_threads, int(n_rows * self.flops_per_row / self.flops_per_thread))
         return min(n_threads, threads.available()) if n_threads > 1 else 1
 
     def _take(self) -> Workspace:
@@ -304,3 +325,11 @@ class Passes:
             return self.free.pop()
         except IndexError:
             return self._workspace()
+
+
+VARIABLE = struct.Struct("Q7q")
+"""What a call changes of a NETWORK record: `seed` and all after it."""
+
+
+def _seed(dropout: Dropout | None) -> int:
+    return 0 if dropout is None else dropout.seed

@@ -20,6 +20,7 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
+from backprop_gpu.kernels.numba_cpu import openmp
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
 from backprop_gpu.kernels.numba_cpu.barrier import wait
 from backprop_gpu.kernels.numba_cpu.borrow import borrowed
@@ -32,11 +33,14 @@ from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, rows_of, whole_blocks
 from backprop_gpu.kernels.numba_cpu.update import add
 
-__all__ = ["LAYER", "NETWORK", "Work", "backward", "forward"]
+__all__ = ["ALL", "LAYER", "NETWORK", "Work", "backward", "forward"]
 
 WEIGHT, BIAS, D_WEIGHT, D_BIAS = range(4)
 """Rows of `addresses`, (4, n_layers): of a layer's parameters and of their gradients; 0 where there is none, or none is
 wanted."""
+
+ALL = -1
+"""In place of the number of a thread."""
 
 IDENTITY = CODES["identity"]
 
@@ -56,15 +60,15 @@ NETWORK = np.dtype(
         ("delta_span", "i8"),
         ("tile_stride", "i8"),  # from panel to panel of a tile of its own, and from thread to thread
         ("tile_span", "i8"),
+        ("n_kept", "i8"),  # entries of `kept` and `deltas`
+        ("n_deltas", "i8"),
+        # What changes from call to call: addresses of the first entry, but for two
         ("seed", "u8"),  # of the dropout masks
         ("lowest", "i8"),  # the lowest layer whose δ is wanted
-        # Addresses of the first entry, and sizes
         ("X", "i8"),
         ("out", "i8"),
         ("kept", "i8"),
-        ("n_kept", "i8"),
         ("deltas", "i8"),
-        ("n_deltas", "i8"),
         ("d_out", "i8"),  # ∂C/∂out
         ("dX", "i8"),  # 0 where it is not wanted
     ],
@@ -148,7 +152,20 @@ def borrowed_work(work):
 
 
 @entry_point
-def forward(thread, network, layers, addresses, work, barrier):
+def forward(thread, team, network, layers, addresses, work, barrier):
+    """See `part_of_forward`: for one thread, or for all that there are if `thread` is ALL; False where it was not run.
+
+    team : see `openmp.run`: the three addresses, and its size; read for ALL only.
+    """
+    if thread == ALL:
+        arguments = network, layers, addresses, work, barrier
+        return openmp.run(part_of_forward, team[0], team[1], team[2], team[3], network[0].n_threads, arguments)
+    part_of_forward(thread, network, layers, addresses, work, barrier)
+    return True
+
+
+@compiled
+def part_of_forward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of the output, and of what the backward pass needs."""
     here, work = network[0], borrowed_work(work)
     for index in range(here.n_layers):
@@ -259,7 +276,17 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
 
 
 @entry_point
-def backward(thread, network, layers, addresses, work, barrier):
+def backward(thread, team, network, layers, addresses, work, barrier):
+    """See `part_of_backward`, and `forward`."""
+    if thread == ALL:
+        arguments = network, layers, addresses, work, barrier
+        return openmp.run(part_of_backward, team[0], team[1], team[2], team[3], network[0].n_threads, arguments)
+    part_of_backward(thread, network, layers, addresses, work, barrier)
+    return True
+
+
+@compiled
+def part_of_backward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of ∂C/∂X, and its part of every gradient that is wanted; all are overwritten."""
     here, work = network[0], borrowed_work(work)
     for index in range(here.lowest + (here.dX == 0), here.n_layers):
