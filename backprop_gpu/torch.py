@@ -24,8 +24,8 @@ On the CPU, work worth more than one thread is done by the threads that PyTorch 
 `torch.get_num_threads()`; where its OpenMP has no such interface (Windows), and in a forked process, threads of our own
 are started for each pass.
 
-`torch.cuda.graph` captures both passes once the same shapes have been run outside: kernels are compiled and tables
-copied to the GPU in the first run; later ones wait for nothing, and all their memory is PyTorch's allocator's.
+`torch.cuda.graph` captures both passes once the same shapes have been run outside: kernels are compiled in the first
+run; later ones wait for nothing, and all their memory is PyTorch's allocator's.
 
 Dropout draws one number from PyTorch's CPU generator in each forward pass, as the key of Philox masks that the backward
 pass draws anew: `torch.manual_seed` repeats it, and nothing is stored. A CUDA graph would replay the same masks, so

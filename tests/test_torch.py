@@ -339,6 +339,7 @@ class _Pooled(_Emulated):
         self.pool, self.parameters, self.round = [], {}, 1
         allocate = ops.cp.empty
         monkeypatch.setattr(ops.cp, "empty", lambda *arguments: self._pooled(allocate, *arguments))
+        monkeypatch.setattr(ops.cp, "zeros", lambda *arguments: self._zeroed(self._pooled(allocate, *arguments)))
         transpose = _torch_passes.transposed
         monkeypatch.setattr(_torch_passes, "transposed", lambda weight: self._held(weight, transpose))
 
@@ -349,6 +350,10 @@ class _Pooled(_Emulated):
         self.pool.append(self.pool.pop(0))
         assert self.pool[-1].shape == arguments[0]
         return self.pool[-1]
+
+    def _zeroed(self, x):
+        x.fill(0)
+        return x
 
     def on_device(self, tensor):
         held = self.ops.asarray(tensor.detach().numpy())
