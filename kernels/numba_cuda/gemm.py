@@ -163,7 +163,7 @@ def panels(real: Any, layout: str, tile: Tile, with_sums: bool) -> Function:
             # The panel is complete: `multiply` and `add_columns` read what other threads have placed. One barrier for
             # each panel is enough. The next `place` writes the other buffer, which was last read before this barrier;
             # and this buffer is written again only after the next barrier, which no thread passes before all have
-            # read it.
+            # read it. All threads of a block come here equally often, since `start` and `stop` are the block's.
             cuda.syncthreads()
             fetch_a(A, first_row, k + depth, stop, thread, a_next)
             fetch_b(B, first_column, k + depth, stop, thread, b_next)
