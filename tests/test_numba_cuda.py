@@ -353,7 +353,7 @@ class Watched:
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(missing): shared memory is watched; barrier `missing` of a thread, from 0, counts as if it were not there."""
+    """watch(missing): shared memory is watched; a thread's barrier `missing`, from 0, counts as if it were not."""
     if not STATUS.works or STATUS.automatic:
         pytest.skip("needs Numba's simulator")
     device = import_module("backprop_gpu.kernels.numba_cuda.device")
@@ -401,7 +401,7 @@ def loss_of_rows_of_many_lanes(ops):
     [(product_of_three_panels, number) for number in range(3)] + [(loss_of_rows_of_many_lanes, n) for n in range(12)],
 )
 def test_no_barrier_could_be_spared(watch, operation, missing):
-    """The loss has three in each of a maximum and two sums over two lanes, and three and a last in that over a block."""
+    """The loss has three in each of a maximum and two sums over lanes, and three and a last in that over a block."""
     ops = bp.get_backend("numba-cuda")
     operation(ops)
     watch(missing)
@@ -596,9 +596,7 @@ def no_driver(monkeypatch):
 def old_gpu(monkeypatch):
     monkeypatch.setattr(numba_cuda, "find_spec", lambda name: True)
     monkeypatch.setattr(numba_cuda, "_no_driver", lambda: None)
-    monkeypatch.setattr(
-        numba_cuda, "_unusable", lambda: "this GPU has compute capability 7.0, below 7.5; backend='cpu'"
-    )
+    monkeypatch.setattr(numba_cuda, "_unusable", lambda: "compute capability 7.0, below 7.5; backend='cpu'")
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,8 @@ def panels(real: Any, layout: str, tile: Tile, with_sums: bool) -> Function:
                 c[i, j] = zero
         for i in range(n_sums):
             sums[i] = 0.0
-        # int(…), for a constant has a type of its own, and Numba would compile what takes it once more for that.
-        start, buffer = int(first), int(0)
+        # A constant has a type of its own, for which Numba would compile what takes it once more; int(…) has not.
+        start, buffer = int(first), int(False)
         fetch_a(A, first_row, start, stop, thread, a_next)
         fetch_b(B, first_column, start, stop, thread, b_next)
         for k in range(start, stop, depth):

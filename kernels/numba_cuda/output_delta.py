@@ -151,7 +151,7 @@ def cross_entropy(real: Any, labels: bool, n_lanes: int) -> Function:
 
 @cache
 def cost_of_row(real: Any, n_lanes: int) -> Function:
-    """(c, thread) → the sum of a row's parts of c: for all threads of a block, also those whose row is beyond the last."""
+    """(c, thread) → the sum of a row's parts of c: for all threads of a block, also those beyond the last row."""
     return block_reduce(real, THREADS, n_lanes, plus)
 
 
