@@ -134,11 +134,22 @@ def facts(ptx):
         "target": re.search(r"\.target sm_(\d+)", ptx)[1],
         "entries": len(re.findall(r"\.visible \.entry", ptx)),
         "shared": sum(map(int, shared)),
-        "local": ".local" in ptx,
+        "local_while_multiplying": sum(len(re.findall(r"(?:ld|st)\.local", loop)) for loop in loops(ptx)),
+        "panels": len(loops(ptx)),
         "calls": len(re.findall(r"^\s*call", ptx, re.MULTILINE)),
         "atomics": len(re.findall(r"^\s*(atom|red)\.", ptx, re.MULTILINE)),
-        "f64": len(re.findall(r"^\s*(?:@\S+ )?(?:add|sub|mul|div|fma|cvt|sqrt)\S*\.f64", ptx, re.MULTILINE)),
     }
+
+
+def loops(ptx):
+    """The bodies of the loops that have a barrier and multiply."""
+    found = []
+    for label in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE):
+        branches = list(re.finditer(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", ptx[label.end() :]))
+        body = ptx[label.end() : label.end() + branches[-1].end()] if branches else ""
+        if "bar.sync" in body and "fma.rn" in body:
+            found.append(body)
+    return found
 
 
 def architectures(number, everything):

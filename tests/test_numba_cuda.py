@@ -479,16 +479,19 @@ def ptx():
 
 
 def test_every_kernel_compiles(ptx):
-    """Each for the oldest architecture and one more; together, those of each operation for all that are promised."""
-    met = {}
+    """Each for one architecture at least."""
+    assert len(ptx) > 900
     for name, by_architecture in ptx.items():
-        met.setdefault(name.split(",")[0], set()).update(by_architecture)
-        assert "75" in by_architecture
-        assert len(by_architecture) >= 2
+        assert by_architecture, name
         for architecture, facts in by_architecture.items():
             assert (facts["target"], facts["entries"]) == (architecture, 1), name
-    for operation in ("dense_forward", "dense_backward", "output_delta", "output_forward"):
-        assert met[operation] >= {"75", "80", "86", "89", "90"}
+
+
+@pytest.mark.parametrize("operation", ["dense_forward", "dense_backward", "output_delta", "output_forward"])
+def test_every_operation_compiles_for_every_architecture(ptx, operation):
+    """Kernels take turns: `python tests/numba_cuda_ptx.py float32 --all` has all of them for all."""
+    met = set().union(*(by_architecture for name, by_architecture in ptx.items() if name.startswith(operation)))
+    assert met >= {"75", "80", "86", "89", "90"}
 
 
 @pytest.mark.parametrize("dtype", RTOL)
@@ -515,11 +518,13 @@ def test_shared_memory_fits_and_nothing_is_summed_by_atomics(ptx):
 
 
 def test_products_stay_in_registers_and_nothing_is_called(ptx):
-    """A long epilogue may lay C out in local memory, once; sine calls, for the remainder of a large angle."""
+    """After the sum, a long epilogue may lay C out in local memory, once; sine calls, for a large angle's remainder."""
     for name, by_architecture in ptx.items():
         for facts in by_architecture.values():
             assert "sine" in name or not facts["calls"], name
-            assert "x" not in name.split(", ")[1] or not facts["local"], name
+            if name.startswith("dense"):
+                assert facts["panels"] == 1, name
+                assert facts["local_while_multiplying"] == 0, name
 
 
 # Where it does not work
