@@ -1,12 +1,12 @@
-"""Compiles the kernels of kernels/numba_cuda to PTX, without a driver: `python tests/numba_cuda_ptx.py float32`.
+"""Compiles the kernels of kernels/numba_cuda to PTX, without a driver: `python numba_cuda_ptx.py float32 facts.json`.
 
 Which kernels there are, and of which types their arguments are, comes from the backend itself: it makes every launch
 that its tables allow (each activation in each tile, with dropout and without; each loss with each activation of the
 output layer; each optimizer; …) with arrays of the host, and what it would launch is noted down. So a new activation,
 loss, optimizer or tile is compiled without a change here.
 
-Types are worked out once for each kernel, and its code is then compiled, in the tests, for one architecture, all of
-them taking turns; and with `--all` for every one, which takes a quarter of an hour for each dtype.
+A test starts it, once for each dtype. Types are worked out once for each kernel; its code is then compiled for one
+architecture, all of them taking turns, or with `--all` for every one.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import gc
 import json
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from numba.cuda import compiler, dispatcher
@@ -157,8 +158,8 @@ def architectures(number, everything):
     return KNOWN if everything else [KNOWN[number % len(KNOWN)]]
 
 
-def main(dtype, everything):
-    """Compiles every kernel of a dtype, and prints the facts about each, by architecture."""
+def main(dtype, output, everything):
+    """Compiles every kernel of a dtype, and writes down the facts about each, by architecture."""
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)  # Numba makes many objects that live long: 15 % of the time
     result = {}
@@ -170,11 +171,12 @@ def main(dtype, everything):
         ptx = {f"{cc[0]}{cc[1]}": library.get_asm_strs(cc=cc)[0] for cc in architectures(number, everything)}
         assert f"{what}, {dtype}" not in result
         result[f"{what}, {dtype}"] = {cc: facts(text) for cc, text in ptx.items()}
-    print(json.dumps(result))
+    output.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype")
+    parser.add_argument("output", type=Path)
     parser.add_argument("--all", action="store_true", dest="everything")
     main(**vars(parser.parse_args()))

@@ -459,23 +459,24 @@ PTX_MISSING = "needs the numba-cuda13 or numba-cuda12 extra of this package: Num
 
 
 @pytest.fixture(scope="module")
-def ptx():
-    """Facts about the PTX of every kernel, by architecture; a process for each dtype."""
-    program = Path(__file__).with_name("numba_cuda_ptx.py")
+def ptx(tmp_path_factory):
+    """Facts about the PTX of every kernel, by architecture; a process for each dtype.
+
+    Each kernel is compiled for one architecture, all of them taking turns; with PTX_FOR=all in the environment for every
+    one, which takes some 10 minutes on two cores instead of 3.
+    """
+    program, folder = Path(__file__).with_name("numba_cuda_ptx.py"), tmp_path_factory.mktemp("ptx")
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(program.parents[1])}
     probe = "from numba.cuda.cudadrv import nvrtc, nvvm; assert nvvm.is_available() and nvrtc.get_supported_ccs()"
     if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode != 0:
         pytest.skip(PTX_MISSING)
+    everything = ["--all"] if os.environ.get("PTX_FOR") == "all" else []
     started = [
-        subprocess.Popen([sys.executable, str(program), dtype], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, str(program), dtype, str(folder / dtype), *everything], env=environment)
         for dtype in RTOL
     ]
-    found = {}
-    for process in started:
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        found.update(json.loads(out))
-    return found
+    assert [process.wait() for process in started] == [0] * len(started)
+    return {name: facts for dtype in RTOL for name, facts in json.loads((folder / dtype).read_text()).items()}
 
 
 def test_every_kernel_compiles(ptx):
@@ -489,7 +490,7 @@ def test_every_kernel_compiles(ptx):
 
 @pytest.mark.parametrize("operation", ["dense_forward", "dense_backward", "output_delta", "output_forward"])
 def test_every_operation_compiles_for_every_architecture(ptx, operation):
-    """Kernels take turns: `python tests/numba_cuda_ptx.py float32 --all` has all of them for all."""
+    """In turn, see `ptx`."""
     met = set().union(*(by_architecture for name, by_architecture in ptx.items() if name.startswith(operation)))
     assert met >= {"75", "80", "86", "89", "90"}
 
