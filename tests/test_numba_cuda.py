@@ -462,8 +462,8 @@ PTX_MISSING = "needs the numba-cuda13 or numba-cuda12 extra of this package: Num
 def ptx(tmp_path_factory):
     """Facts about the PTX of every kernel, by architecture; a process for each dtype.
 
-    Each kernel is compiled for one architecture, all of them taking turns; with PTX_FOR=all in the environment for every
-    one, which takes some 10 minutes on two cores instead of 3.
+    Each kernel is compiled for one architecture, all of them taking turns; with PTX_FOR=all in the environment, for
+    every one.
     """
     program, folder = Path(__file__).with_name("numba_cuda_ptx.py"), tmp_path_factory.mktemp("ptx")
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(program.parents[1])}
