@@ -252,6 +252,21 @@ def test_sine_of_large_angles(dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_stands_beside_a_number_does_not_change_it(name, dtype):
+    """Such as what was left in the padding of a tile."""
+    z = np.linspace(-7, 7, 103).astype(dtype)
+    with_large = np.append(z, np.array(1e30, dtype))
+    delta, beside = np.ones_like(z), np.ones_like(with_large)
+    multiply_by_derivative(CODES[name], z, 0, 1.0, delta, 0, z.size)
+    multiply_by_derivative(CODES[name], with_large, 0, 1.0, beside, 0, with_large.size)
+    np.testing.assert_array_equal(delta, beside[:-1])
+    apply(CODES[name], z, 0, delta, 0, z.size)
+    apply(CODES[name], with_large, 0, beside, 0, with_large.size)
+    np.testing.assert_array_equal(delta, beside[:-1])
+
+
+@every_dtype
 def test_unknown_codes(dtype):
     x = np.zeros(3, dtype)
     with pytest.raises(ValueError, match="no activation has this code"):

@@ -304,18 +304,33 @@ def backward_run(f: Function) -> Function:
     return run
 
 
-EXACT = {sin: math.sin, cos: math.cos}
-"""By the C library, one number at a time, for angles of any size."""
+# One number at a time, and large angles by the C library. What a run holds beside a number must not change it: a tile's
+# padding holds whatever was there before.
+
+
+@inlined
+def sin_of_any(x: Any) -> Any:
+    """sin(x), for an angle of any size."""
+    return sin(x) if abs(x) <= largest_angle(x) else type(x)(math.sin(x))
+
+
+@inlined
+def cos_of_any(x: Any) -> Any:
+    """cos(x), for an angle of any size."""
+    return cos(x) if abs(x) <= largest_angle(x) else type(x)(math.cos(x))
+
+
+OF_ANY = {sin: sin_of_any, cos: cos_of_any}
 
 
 def guarded(run_of: Callable[[Function], Function], f: Function) -> Function:
-    """The run of f, or that of its exact counterpart where an angle is too large for f."""
-    fast, exact = run_of(f), run_of(EXACT[f])
+    """The run of f, or that of its slower counterpart where an angle is too large for f."""
+    fast, slow = run_of(f), run_of(OF_ANY[f])
 
     @called
     def run(x: Any, x_start: Any, *others: Any) -> None:
         if any_beyond_largest_angle(x, np.uintp(x_start), np.uintp(others[-1])):
-            exact(x, x_start, *others)
+            slow(x, x_start, *others)
         else:
             fast(x, x_start, *others)
 
@@ -343,7 +358,7 @@ def switch(
     Its source is put together here, since Numba has no loop over functions. A chain of compiled functions, each of one
     two-way branch, takes three times as long to compile: each of them is optimised again with all that it calls.
     """
-    runs = {name: guarded(run_of, f) if f in EXACT else run_of(f) for name, f in functions.items()}
+    runs = {name: guarded(run_of, f) if f in OF_ANY else run_of(f) for name, f in functions.items()}
     source = [f"def choose_{run_of.__name__}(code, {arguments}):", *([f"    prepare({arguments})"] if prepare else [])]
     for name in runs:
         source += [f"    if code == {CODES[name]}:", f"        return {name}({arguments})"]
