@@ -147,7 +147,6 @@ class Compiled:
 
         self.network = network
         self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads, _team())
-        self._gradients = cpu_passes.Gradients
 
     def forward(
         self, X: Tensor, parameters: Sequence[Tensor | None], dropout: Dropout | None, *, keep: bool
@@ -158,9 +157,8 @@ class Compiled:
         out = X.new_empty((n_rows, self.network.layer_sizes[-1]))
         kept = [X.new_empty(self._passes.n_kept(n_rows))] if keep else []
         if n_rows:
-            addresses = _addresses(held)
             to = kept[0].data_ptr() if keep else 0
-            self._passes.forward(n_rows, X.data_ptr(), addresses[::2], addresses[1::2], out.data_ptr(), to, dropout)
+            self._passes.forward(n_rows, X.data_ptr(), _addresses(held), out.data_ptr(), to, dropout)
         return out, kept
 
     def backward(
@@ -180,17 +178,16 @@ class Compiled:
         ]
         if n_rows == 0:
             return [g if g is None else g.zero_() for g in gradients]
-        d_out, held = _plain(d_out), [p.contiguous() for p in parameters[::2] if p is not None]
+        d_out, held = _plain(d_out), [p if p is None else p.contiguous() for p in parameters]
         n_deltas = self._passes.n_deltas(n_rows)
         deltas = X.new_empty(n_deltas) if n_deltas else None
-        to = _addresses(gradients)
         self._passes.backward(
             n_rows,
-            [weight.data_ptr() for weight in held],
+            _addresses(held),
             kept[0].data_ptr(),
             d_out.data_ptr(),
             0 if deltas is None else deltas.data_ptr(),
-            self._gradients(to[0], to[1::2], to[2::2]),
+            _addresses(gradients),
             dropout,
         )
         return gradients

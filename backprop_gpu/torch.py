@@ -186,10 +186,11 @@ class FusedMLP(nn.Module):
         return float(module.p) if module is not None and module.training else 0.0  # type: ignore[arg-type]
 
     def _passes_for(self, X: Tensor, computing_in: torch.dtype) -> Passes:
-        key = X.device.type, X.dtype, computing_in, 0 if X.is_cuda else torch.get_num_threads()
-        if key not in self._passes:
-            self._passes[key] = _passes(self._network, X, computing_in)
-        return self._passes[key]
+        key = X.dtype, computing_in, 0 if X.is_cuda else torch.get_num_threads()
+        passes = self._passes.get(key)
+        if passes is None:
+            passes = self._passes[key] = _passes(self._network, X, computing_in)
+        return passes
 
 
 def _parameter(linear: Any, name: str) -> Tensor | None:
@@ -256,21 +257,21 @@ def _takes(
     autocast: bool,
 ) -> bool:
     """Whether a backend can compute it. What it cannot is PyTorch's to compute, or to refuse."""
-    if not isinstance(X, Tensor) or X.dim() == 0 or X.shape[-1] != network.layer_sizes[0]:
+    if not isinstance(X, Tensor) or type(X) not in PLAIN or X.layout is not torch.strided:
         return False
-    if not (X.is_cpu or X.is_cuda) or X.dtype not in (*WHOLE, *NARROW) or _transforms_active():
+    shape, dtype, device = X.shape, X.dtype, X.device
+    if len(shape) == 0 or shape[-1] != network.layer_sizes[0] or dtype not in (*WHOLE, *NARROW):
         return False
-    if rates is not None and max(rates) >= 1:
+    if device.type not in ("cpu", "cuda") or (rates is not None and max(rates) >= 1) or _transforms_active():
         return False
-    device, dtype = X.device, X.dtype
-    for tensor, shape in zip((X, *parameters), (X.shape, *network.shapes), strict=True):
+    for tensor, expected in zip(parameters, network.shapes, strict=True):
         if tensor is None:
             continue
         if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
             return False
-        if tensor.device != device or tensor.shape != shape:
+        if tensor.device != device or tensor.shape != expected:
             return False
-        if tensor.dtype != dtype and not (autocast and tensor.dtype in (torch.float32, *NARROW)):
+        if tensor.dtype is not dtype and not (autocast and tensor.dtype in (torch.float32, *NARROW)):
             return False
     return True
 

@@ -35,9 +35,10 @@ from backprop_gpu.kernels.numba_cpu.update import add
 
 __all__ = ["ALL", "LAYER", "NETWORK", "Work", "backward", "forward"]
 
-WEIGHT, BIAS, D_WEIGHT, D_BIAS = range(4)
-"""Rows of `addresses`, (4, n_layers): of a layer's parameters and of their gradients; 0 where there is none, or none is
-wanted."""
+PARAMETERS, GRADIENTS = range(2)
+WEIGHT, BIAS = range(2)
+"""Indices of `addresses`, (2, n_layers, 2): of a layer's parameters and of their gradients; 0 where there is none, or
+none is wanted."""
 
 ALL = -1
 """In place of the number of a thread."""
@@ -169,7 +170,7 @@ def part_of_forward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of the output, and of what the backward pass needs."""
     here, work = network[0], borrowed_work(work)
     for index in range(here.n_layers):
-        pack_layer(thread, here.n_threads, layers[index], addresses[WEIGHT, index], addresses[BIAS, index], work.packed)
+        pack_layer(thread, here.n_threads, layers[index], addresses[PARAMETERS, index], work.packed)
     if not wait(barrier, here.n_threads):
         return
     kept, panel = vector(here.kept, here.n_kept, work.packed), panel_width(work.packed)
@@ -185,9 +186,9 @@ def part_of_forward(thread, network, layers, addresses, work, barrier):
 
 
 @compiled
-def pack_layer(thread, n_threads, layer, weight, bias, packed):
+def pack_layer(thread, n_threads, layer, addresses, packed):
     """One thread's panels of W, and the bias, from their addresses."""
-    W = vector(weight, layer.n_out * layer.n_in, packed)
+    W, bias = vector(addresses[WEIGHT], layer.n_out * layer.n_in, packed), addresses[BIAS]
     pack_transposed(thread, n_threads, W, layer.n_out, layer.n_in, packed, layer.W, layer.W_stride)
     if thread == 0 and bias:
         b = vector(bias, layer.n_out, packed)
@@ -291,7 +292,7 @@ def part_of_backward(thread, network, layers, addresses, work, barrier):
     here, work = network[0], borrowed_work(work)
     for index in range(here.lowest + (here.dX == 0), here.n_layers):
         layer = layers[index]
-        W = vector(addresses[WEIGHT, index], layer.n_out * layer.n_in, work.packed)
+        W = vector(addresses[PARAMETERS, index, WEIGHT], layer.n_out * layer.n_in, work.packed)
         pack(thread, here.n_threads, W, 0, layer.n_out, layer.n_in, work.transposed, layer.T, layer.T_stride)
     if not wait(barrier, here.n_threads):
         return
@@ -306,7 +307,7 @@ def part_of_backward(thread, network, layers, addresses, work, barrier):
     if not wait(barrier, here.n_threads):
         return
     for index in range(here.lowest, here.n_layers):
-        weight, bias = addresses[D_WEIGHT, index], addresses[D_BIAS, index]
+        weight, bias = addresses[GRADIENTS, index, WEIGHT], addresses[GRADIENTS, index, BIAS]
         if bias and index % here.n_threads == thread:
             finish_bias(here, layers[index], bias, work)
         if weight and here.split_rows:
@@ -324,11 +325,11 @@ def tile_backward(thread, network, layers, addresses, work, kept, deltas, row, n
     output_delta(thread, network, layers[network.n_layers - 1], work, kept, deltas, at, at_delta, row, n_rows)
     for index in range(network.n_layers - 1, network.lowest - 1, -1):
         layer = layers[index]
-        if addresses[D_BIAS, index]:
+        if addresses[GRADIENTS, index, BIAS]:
             for p in range((layer.n_out + panel - 1) // panel):
                 delta = layer.delta + at_delta + p * network.delta_stride
                 sum_rows(deltas, delta, work.gradients[thread], layer.db + p * panel, n_rows, accumulate)
-        if addresses[D_WEIGHT, index] and network.split_rows:
+        if addresses[GRADIENTS, index, WEIGHT] and network.split_rows:
             sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows, accumulate)
         if index > network.lowest:
             layer_backward(
@@ -461,10 +462,10 @@ def own_weights(thread, network, layers, addresses, work, kept, deltas):
     """This thread's blocks of ∂C/∂Wᵀ, over all rows."""
     total = 0
     for index in range(network.lowest, network.n_layers):
-        total += blocks_in(layers[index], addresses[D_WEIGHT, index], kept)
+        total += blocks_in(layers[index], addresses[GRADIENTS, index, WEIGHT], kept)
     first, last = thread * total // network.n_threads, (thread + 1) * total // network.n_threads
     for index in range(network.lowest, network.n_layers):
-        weight = addresses[D_WEIGHT, index]
+        weight = addresses[GRADIENTS, index, WEIGHT]
         blocks = blocks_in(layers[index], weight, kept)
         for group in range(max(first, 0), min(last, blocks), GROUP):
             end = min(group + GROUP, last, blocks)
