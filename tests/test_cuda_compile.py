@@ -5,8 +5,6 @@ sources differ; and to machine code what the table of resources has, for two arc
 for the others. `python tests/cuda_nvrtc/everything.py` compiles all that the library may launch to machine code.
 """
 
-from functools import cache
-
 import pytest
 from cuda_nvrtc import compiler, resources, variants
 
@@ -16,24 +14,6 @@ pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason=str(compi
 
 MACHINE_CODE = ("80", "90")
 """Whose table and instructions are looked at in every run."""
-
-needs_disassembler = pytest.mark.skipif(
-    compiler.disassembler() is None, reason="looking at machine code needs the wheel nvidia-cuda-nvdisasm"
-)
-
-
-@cache
-def machine_code(architecture):
-    return list(compiler.compile_all(variants.representative(), architecture, machine_code=True))
-
-
-@cache
-def instructions(architecture):
-    return {
-        variant: code
-        for compiled in machine_code(architecture)
-        for variant, code in compiler.disassemble(compiled).items()
-    }
 
 
 def test_every_architecture_is_one_of_nvrtc():
@@ -60,10 +40,20 @@ def test_the_largest_tiles_assemble(architecture):
 
 
 @pytest.mark.parametrize("architecture", MACHINE_CODE)
-def test_resources_are_those_of_the_table(architecture):
-    for compiled in machine_code(architecture):
+def test_machine_code(architecture):
+    """One test for each, as compiling takes most of the time, and processes share nothing."""
+    programs = list(compiler.compile_all(variants.representative(), architecture, machine_code=True))
+    for compiled in programs:
         assert_as_in_table(compiled)
         assert not [variant for variant, actual in compiled.resources.items() if actual.spilled]
+    if compiler.disassembler() is None:
+        pytest.skip("looking at machine code needs the wheel nvidia-cuda-nvdisasm")
+    for compiled in programs:
+        for variant, code in compiler.disassemble(compiled).items():
+            assert_no_local_memory_and_no_atomics_on_floats(variant, code)
+            if variant.tile:
+                assert_copied_16_bytes_at_a_time_past_the_registers(variant, code)
+                assert_made_of_the_instructions_they_are_for(variant, code)
 
 
 def assert_as_in_table(compiled):
@@ -93,41 +83,30 @@ def test_the_table_has_every_representative_variant():
 # Machine code
 
 
-@needs_disassembler
-@pytest.mark.parametrize("architecture", MACHINE_CODE)
-def test_no_local_memory_and_no_atomics_on_floats(architecture):
-    for variant, code in instructions(architecture).items():
-        assert not [i for i in code if i.startswith(("LDL", "STL"))], variant.expression
-        atomics = [i for i in code if i.startswith(("ATOM", "RED.", "REDG", "REDUX"))]
-        assert not [i for i in atomics if ".F" in i], variant.expression
+def assert_no_local_memory_and_no_atomics_on_floats(variant, code):
+    assert not [i for i in code if i.startswith(("LDL", "STL"))], variant.expression
+    atomics = [i for i in code if i.startswith(("ATOM", "RED.", "REDG", "REDUX"))]
+    assert not [i for i in atomics if ".F" in i], variant.expression
 
 
-@needs_disassembler
-@pytest.mark.parametrize("architecture", MACHINE_CODE)
-def test_aligned_operands_are_copied_16_bytes_at_a_time_past_the_registers(architecture):
-    for variant, code in instructions(architecture).items():
-        if variant.tile:
-            copies = [i for i in code if i.startswith("LDGSTS")]
-            assert copies, variant.expression
-            assert all(".128" in i for i in copies), variant.expression
+def assert_copied_16_bytes_at_a_time_past_the_registers(variant, code):
+    """Aligned operands."""
+    copies = [i for i in code if i.startswith("LDGSTS")]
+    assert copies, variant.expression
+    assert all(".128" in i for i in copies), variant.expression
 
 
-@needs_disassembler
-@pytest.mark.parametrize("architecture", MACHINE_CODE)
-def test_products_are_made_of_the_instructions_they_are_for(architecture):
-    """And of as many as one turn of the loop over k has for a thread."""
-    for variant, code in instructions(architecture).items():
-        if variant.tile is None:
-            continue
-        multiply, loads = {
-            "float32": ("FFMA", "LDS"),
-            "float64": ("DFMA", "LDS"),
-            "tf32": ("HMMA.1688.F32.TF32", "LDS"),
-            "bfloat16": ("HMMA.16816.F32.BF16", "LDSM"),
-            "float16": ("HMMA.16816.F32", "LDSM"),
-        }[variant.tile.dtype]
-        assert len([i for i in code if i.startswith(multiply)]) >= multiplications(variant.tile), variant.expression
-        assert [i for i in code if i.startswith(loads)], variant.expression
+def assert_made_of_the_instructions_they_are_for(variant, code):
+    """Products; and of as many as one turn of the loop over k has for a thread."""
+    multiply, loads = {
+        "float32": ("FFMA", "LDS"),
+        "float64": ("DFMA", "LDS"),
+        "tf32": ("HMMA.1688.F32.TF32", "LDS"),
+        "bfloat16": ("HMMA.16816.F32.BF16", "LDSM"),
+        "float16": ("HMMA.16816.F32", "LDSM"),
+    }[variant.tile.dtype]
+    assert len([i for i in code if i.startswith(multiply)]) >= multiplications(variant.tile), variant.expression
+    assert [i for i in code if i.startswith(loads)], variant.expression
 
 
 def multiplications(tile):
