@@ -43,9 +43,8 @@ PRODUCTS_TO_START = 1 << 21
 PRODUCTS_PER_STEP = 1 << 20
 """Multiply-adds of a training step for which a thread takes part in it.
 
-One thread of a Zen 4 beside two, in µs a step: 64-64-64-10 with a batch of 32, 0.7 million multiply-adds, 22 and 55;
-network S, 3.3 million, 84 and 60. A short epoch loses more than barriers: beside 2.7 ms for 42 steps of a small network
-on two threads stand others of 8 to 17 ms, in which the new thread waited for a core of its own.
+One thread of a Zen 4 beside two, in µs a step: 64-64-64-10 with a batch of 32, 0.7 million multiply-adds, 22 and 33;
+network S, 3.3 million, 84 and 60.
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS

@@ -54,7 +54,7 @@ class NumpyBackend(Backend):
         return x
 
     def sum_squares(self, x: Array) -> float:
-        """Σ x², in float64: not by BLAS, whose threads cost 3 to 13 ms after an epoch, where this takes 20 µs."""
+        """Σ x², in float64; not by BLAS, whose threads took 6 ms for 17,000 numbers where this takes 15 µs."""
         x = x.reshape(-1)
         with np.errstate(over="ignore"):
             return float(np.einsum("i,i->", x, x, dtype=np.float64))
