@@ -257,7 +257,7 @@ def _takes(
     autocast: bool,
 ) -> bool:
     """Whether a backend can compute it. What it cannot is PyTorch's to compute, or to refuse."""
-    if not isinstance(X, Tensor) or type(X) not in PLAIN or X.layout is not torch.strided:
+    if type(X) not in PLAIN or X.layout is not torch.strided:
         return False
     shape, dtype, device = X.shape, X.dtype, X.device
     if len(shape) == 0 or shape[-1] != network.layer_sizes[0] or dtype not in (*WHOLE, *NARROW):

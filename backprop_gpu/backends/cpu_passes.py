@@ -227,8 +227,8 @@ class Passes:
     ) -> None:
         """Overwrites the gradients that are wanted, from ∂C/∂out (n_rows, n_outputs) and what `forward` has kept.
 
-        parameters : as for `forward`, without any bias; deltas : n_deltas(n_rows) entries to work with; gradients : of
-        X, then of each parameter in turn; 0 for what is not wanted, which is not all of them.
+        parameters : as for `forward`; deltas : n_deltas(n_rows) entries to work with; gradients : of X, then of each
+        parameter in turn; 0 for what is not wanted, which is not all of them.
         """
         first = next(index for index, address in enumerate(gradients) if address)
         space = self._take()
