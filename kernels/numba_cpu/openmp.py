@@ -31,7 +31,7 @@ def run(typing_context, function, gomp_parallel, get_thread_num, get_num_threads
 
     def generate(context: Any, builder: Any, own: Any, values: Any) -> Any:
         result = function.dispatcher.get_compile_result(of_function)
-        context.add_linking_libs([result.library])
+        context.add_linking_libs([result._asdict()["library"]])
         shared = [*values[2:4], values[5], *cgutils.unpack_tuple(builder, values[6]), SIZE(0)]
         memory = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, shared))
         member = _member(context, builder.module, memory.type, result)
