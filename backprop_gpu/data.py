@@ -54,8 +54,9 @@ class DenseRows(Rows):
         self.array = None if isinstance(x, np.memmap) else x
 
     def require_finite(self) -> None:
-        """See `Rows.require_finite`."""
+        """See `Rows.require_finite`; looks once."""
         self.check()
+        self.check = lambda: None
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows; a slice of an array that fits as it is comes back as a view."""

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the training steps, the grid, the operations and their ceilings. Some 8 minutes on one GPU.
+"""On an NVIDIA GPU: the training steps, the grid, the operations and their ceilings. Not yet run on one.
 
 Times of PyTorch and CuPy are between events on the device, the others' to the moment when the host has the result;
 each repetition of an operation finds the L2 cache flushed. Clocks stay as they are.

@@ -220,10 +220,11 @@ RATES = {
     100: Rates(128, 64, 512, 1024, 1024),
     120: Rates(128, 2, 256, 512, 512),
 }
-"""By compute capability. Ordinary cores: the table of arithmetic instructions of the CUDA C++ Programming Guide.
+"""By compute capability. Written from memory, neither looked up nor measured yet: they order the tiles, no more.
 
-Tensor cores: dense throughput of NVIDIA's architecture whitepapers, by processors and clock; for 9.0 and 10.0, whose
-whole rate is that of other instructions than `mma.sync`, as for 8.0. GeForce cards of 8.6, 8.9 and 12.0 have half.
+Meant to be, for ordinary cores, the Programming Guide's table of arithmetic instructions; for tensor cores, the dense
+throughput in NVIDIA's architecture whitepapers by processors and clock, for 9.0 and 10.0, whose whole rate is that of
+other instructions than `mma.sync`, as for 8.0. GeForce cards of 8.6, 8.9 and 12.0 have half.
 """
 
 
@@ -250,7 +251,7 @@ class Device(NamedTuple):
     def holds(self, tile: Tile) -> bool:
         """Whether the tile's instructions are there, and its shared memory, in every layout."""
         there = self.capability >= NUMBERS[tile.dtype].oldest_capability
-        return there and max(map(tile.shared_bytes, LAYOUTS.values())) + STATIC_BYTES <= self.shared_per_block
+        return there and _most_shared_bytes(tile) <= self.shared_per_block
 
     def tiles(self, dtype: str) -> tuple[Tile, ...]:
         """All that it holds; ValueError where there are none."""
