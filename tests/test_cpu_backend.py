@@ -311,7 +311,10 @@ def test_a_run_that_is_told_to_stop_has_made_whole_steps():
 PRODUCTS = """
 import numpy as np
 from backprop_gpu.kernels.numba_cpu import gemm
+from backprop_gpu.kernels.numba_cpu.compile import executable
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
+
+gemm_nn, gemm_tn_block = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn_block.py_func)
 
 def in_panels(x, n_rows):
     w = width(x.dtype)
@@ -335,7 +338,7 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
         rows = round_up(n, BLOCK_ROWS)
         a, b, d = in_panels(A, rows), in_panels(B, k), in_panels(D, rows)
         c = np.full(rows * round_up(m, w), np.nan, dtype)
-        gemm.gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w)
+        gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w)
         expected = A.astype(float) @ B + bias[:m]
         assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
         k_rows = round_up(k, BLOCK_ROWS)
@@ -344,7 +347,7 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
             for i in range(0, k_rows, BLOCK_ROWS):
                 for accumulate in (False, True):
                     at = i // w * rows * w + i % w
-                    gemm.gemm_tn_block(a, at, d, p * rows * w, g, p * k_rows * w + i * w, n, m - p * w, accumulate)
+                    gemm_tn_block(a, at, d, p * rows * w, g, p * k_rows * w + i * w, n, m - p * w, accumulate)
         expected = 2 * (A.astype(float).T @ D)
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
 print(VECTOR_BYTES)

@@ -13,8 +13,10 @@ from backprop_gpu.backends.numpy import DERIVATIVE, OUTPUT_FORWARD
 pytest.importorskip("numba")
 
 from backprop_gpu.kernels.numba_cpu import activations, elementary
-from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
-from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.activations import CODES
+from backprop_gpu.kernels.numba_cpu.compile import executable
+
+apply, multiply_by_derivative = (executable(f.py_func) for f in (activations.apply, activations.multiply_by_derivative))
 
 DTYPES = ("float32", "float64")
 
@@ -69,7 +71,7 @@ ELEMENTARY_TOLERANCE = {"float32": 4e-7, "float64": 2e-15}
 def loop(f):
     """y = f(x) over vectors."""
 
-    @compiled
+    @executable
     def run(x, y):
         for i in range(len(x)):
             y[i] = f(x[i])
@@ -281,7 +283,7 @@ def test_unknown_codes(dtype):
 def llvm(run, *arguments):
     """What LLVM has made of `run` for these arguments."""
 
-    @compiled
+    @executable
     def call(*arguments):
         run(*arguments)
 

@@ -18,6 +18,8 @@ from backprop_gpu import kernels
 
 numba = pytest.importorskip("numba", reason="the cpu backend needs Numba")
 
+from numba.core.codegen import JITCodeLibrary  # noqa: E402
+
 from backprop_gpu.kernels.numba_cpu import compile as compiling  # noqa: E402
 
 X = np.array([0.5, -2.0, 3.25])
@@ -146,6 +148,25 @@ def test_an_error_of_the_compiler_is_raised(chosen):
     assert folders(chosen) == []
 
 
+@pytest.mark.parametrize("arguments", [(), (1,), (1, 2)])
+def test_python_cannot_call_what_only_compiled_code_may(arguments):
+    add_seven = compiling.compiled(lambda x: x + 7)
+    with pytest.raises(TypeError, match=r"only_compiled_code_may_call_this|expected 1, got"):
+        add_seven(*arguments)
+    assert compiling.executable(lambda x: add_seven(x) + 1)(1) == 9
+
+
+def test_only_entry_points_become_machine_code(monkeypatch):
+    """At ten levels of calls, LLVM did the innermost function's work ten times."""
+    made = []
+    finalize = JITCodeLibrary._finalize_specific
+    monkeypatch.setattr(JITCodeLibrary, "_finalize_specific", lambda self: made.append(self.name) or finalize(self))
+    inner = compiling.compiled(lambda x: x + 7)
+    outer = compiling.compiled(lambda x: inner(x) * 2)
+    assert compiling.executable(lambda x: outer(x))(1) == 16
+    assert len(made) == 1
+
+
 # Processes
 
 
@@ -186,7 +207,7 @@ def start(tmp_path, chosen):
     folder = copy / "kernels" / "numba_cpu"
     folder.mkdir(parents=True)
     shutil.copy(KERNELS / "__init__.py", copy / "kernels")
-    for name in ("__init__.py", "compile.py", "barrier.py"):
+    for name in ("__init__.py", "compile.py", "parts.py", "barrier.py"):
         shutil.copy(KERNELS / "numba_cpu" / name, folder)
     (folder / "entry.py").write_text(ENTRY)
     (folder / "called.py").write_text(CALLED)

@@ -15,10 +15,22 @@ pytest.importorskip("numba")
 from backprop_gpu.kernels.numba_cpu import dropout as dropouts
 from backprop_gpu.kernels.numba_cpu import output_delta as losses
 from backprop_gpu.kernels.numba_cpu import update as updates
-from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.compile import executable
 from backprop_gpu.kernels.numba_cpu.network import Batches
 
 REFERENCE = NumpyBackend()
+
+output_delta, output_forward, update, add, keep_factors, multiply = (
+    executable(function.py_func)
+    for function in (
+        losses.output_delta,
+        losses.output_forward,
+        updates.update,
+        updates.add,
+        dropouts.keep_factors,
+        dropouts.multiply,
+    )
+)
 
 UNTOUCHED = -77.0
 """What is in memory around a tile, before and after."""
@@ -120,7 +132,7 @@ def tile_delta(loss, z, target, weight=None, sigma=None, width=8):
     batches = Batches(np.empty((0, 0), z.dtype), labels, values, order, share)
     tile = Panels(n_rows, n_columns, width, z.dtype, count=2)
     tile.put(z, 0, GARBAGE)
-    cost = losses.output_delta(
+    cost = output_delta(
         losses.CODES[loss.name],
         losses.setting(loss),
         losses.SIGMAS[output_activation(loss, sigma)],
@@ -205,7 +217,7 @@ def test_a_row_may_be_in_the_mini_batch_twice(dtype, close):
     batches = Batches(np.empty((0, 0), dtype), labels, np.empty((0, 0), dtype), order, np.full(3, 1 / 3))
     tile = Panels(3, 7, 8, dtype, count=2)
     tile.put(z[:3])
-    cost = losses.output_delta(
+    cost = output_delta(
         losses.CODES["cross_entropy"],
         0.0,
         losses.SOFTMAX,
@@ -360,7 +372,7 @@ def test_binary_cross_entropy_of_confident_outputs_keeps_its_digits(dtype, toler
 def forward(sigma, z, width):
     tile = Panels(*z.shape, width, z.dtype)
     tile.put(z, padding=GARBAGE)
-    losses.output_forward(losses.SIGMAS[sigma], tile.x, tile.start(), *tile.layout)
+    output_forward(losses.SIGMAS[sigma], tile.x, tile.start(), *tile.layout)
     return tile.get()
 
 
@@ -412,7 +424,7 @@ class Learner:
         self.step = 0
 
     def update(self, gradients, rate, start, stop, alpha=0.0, scale=1.0, biases=False):
-        updates.update(
+        update(
             updates.CODES[type(self.optimizer)],
             updates.settings(self.optimizer),
             self.parameters,
@@ -531,7 +543,7 @@ def test_an_optimizer_of_another_kind_is_refused():
         updates.settings(Lion())
 
 
-@compiled
+@executable
 def sum_squares(gradients, parameters, alpha, start, stop):
     return updates.sum_squares(gradients, parameters, alpha, start, stop)
 
@@ -561,7 +573,7 @@ def test_add(dtype):
     x, y = np.random.default_rng(0).standard_normal((2, 100)).astype(dtype)
     expected = x.copy()
     expected[3:91] += y[3:91]
-    updates.add(x, y, 3, 91)
+    add(x, y, 3, 91)
     assert np.array_equal(x, expected)
 
 
@@ -580,7 +592,7 @@ DROPOUTS = [
 @pytest.mark.parametrize("dropout", DROPOUTS)
 def test_keep_factors(dtype, n_columns, width, dropout):
     tile = Panels(N_ROWS, n_columns, width, dtype)
-    dropouts.keep_factors(
+    keep_factors(
         tile.x,
         tile.start(),
         *tile.layout,
@@ -597,7 +609,7 @@ def test_keep_factors(dtype, n_columns, width, dropout):
 def test_rows_far_into_the_mini_batch(dtype):
     dropout, first = DROPOUTS[3], 5000
     tile = Panels(N_ROWS, 10, 16, dtype)
-    dropouts.keep_factors(
+    keep_factors(
         tile.x, tile.start(), *tile.layout, first, dropout.rate, np.uint64(dropout.seed), dropout.layer, dropout.step
     )
     assert np.array_equal(tile.get() != 0, dropout_mask((first + N_ROWS, 10), dropout)[first:])
@@ -612,6 +624,6 @@ def test_multiply(dtype):
     kept = 5 + np.flatnonzero(factors[2:82])
     expected[5:85] = 0
     expected[kept] = 1.25 * x[kept]
-    dropouts.multiply(x, 5, factors, 2, 80)
+    multiply(x, 5, factors, 2, 80)
     assert np.array_equal(x, expected, equal_nan=True)
     assert not x[5:85][factors[2:82] == 0].any()

@@ -348,11 +348,11 @@ def barrier():
 @pytest.fixture(scope="module")
 def rounds(barrier):
     """rounds(t, n_threads, n_rounds, counters, written): how often another thread's writing was not seen."""
-    from backprop_gpu.kernels.numba_cpu.compile import compiled
+    from backprop_gpu.kernels.numba_cpu.compile import executable
 
     wait = barrier.wait
 
-    @compiled
+    @executable
     def rounds(t, n_threads, n_rounds, counters, written):
         unseen = 0
         for i in range(1, n_rounds + 1):

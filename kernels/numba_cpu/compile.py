@@ -1,7 +1,7 @@
 """How every function of this folder is compiled, and how the machine code is kept from one process to the next.
 
-`compiled` is for every function; `entry_point` for the few that Python calls, whose machine code is kept on disk: a
-training step takes half a minute to compile, and 0.1 s to load.
+`compiled` is for every function but the few that Python calls. Those are each an `entry_point`, whose machine code is
+kept on disk: a training step takes 15 s to compile, and 0.1 s to load.
 
 Numba's own disk cache is used, but for three things that it does not do. It recompiles where the file of the cached
 function has changed, but not where a function that it calls has: here the directory's name holds a digest of every
@@ -44,8 +44,9 @@ from numba.extending import is_jitted
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.folders import user_cache
+from backprop_gpu.kernels.numba_cpu.parts import PartCompiler
 
-__all__ = ["EntryPoint", "compiled", "entry_point", "named_apart"]
+__all__ = ["INNER", "EntryPoint", "compiled", "entry_point", "executable", "named_apart"]
 
 logger = logging.getLogger("backprop_gpu")
 
@@ -53,8 +54,13 @@ logger = logging.getLogger("backprop_gpu")
 # let a NaN pass unseen, and "reassoc" would undo the range reductions of `elementary`.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
-compiled = numba.njit(**OPTIONS)
-"""Decorator: machine code that releases the GIL, divides by zero as IEEE 754 says, and fuses multiply-adds."""
+INNER: dict[str, Any] = {**OPTIONS, "pipeline_class": PartCompiler}
+
+compiled = numba.njit(**INNER)
+"""Decorator: a function for other compiled functions; it divides by zero as IEEE 754 says, and fuses multiply-adds."""
+
+executable = numba.njit(**OPTIONS)
+"""Decorator: likewise, made into machine code with all that it calls, so Python may call it; it releases the GIL."""
 
 
 Function = Callable[..., Any]
@@ -104,7 +110,7 @@ class EntryPoint:
 
 
 entry_point = EntryPoint
-"""Decorator: as `compiled`, with the machine code kept on disk."""
+"""Decorator: as `executable`, with the machine code kept on disk."""
 
 _lock = threading.RLock()
 """Numba's configuration belongs to the process; and threads that ask for the same code wait for one to have it."""
@@ -123,7 +129,7 @@ def _outline(x: Any) -> Any:
 
 
 def _specialise(function: Callable[..., Any], types: tuple[Any, ...]) -> Callable[..., Any]:
-    dispatcher = compiled(function)
+    dispatcher = executable(function)
     if not is_jitted(dispatcher):
         return function
     folder = _folder(function, types)
@@ -166,7 +172,7 @@ def _load(function: Callable[..., Any], types: tuple[Any, ...], folder: Path) ->
 def _compile_and_keep(function: Callable[..., Any], types: tuple[Any, ...], folder: Path) -> Any:
     logger.info("compiling %s; the machine code is kept in %s", function.__name__, folder)
     fresh = folder.with_name(f"new-{uuid.uuid4().hex}")
-    dispatcher = compiled(function)
+    dispatcher = executable(function)
     try:
         fresh.mkdir()
         dispatcher = _cached(function, fresh)

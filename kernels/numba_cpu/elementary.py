@@ -20,7 +20,7 @@ import numpy as np
 from numba import typeof, types
 from numba.extending import overload, register_jitable
 
-from backprop_gpu.kernels.numba_cpu.compile import OPTIONS, named_apart
+from backprop_gpu.kernels.numba_cpu.compile import INNER, named_apart
 
 __all__ = [
     "called",
@@ -40,17 +40,14 @@ __all__ = [
     "tanh",
 ]
 
-CALLED: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Without the entry points from Python and C, which take as long to compile as a small function does."""
-
-INLINED = {**CALLED, "forceinline": True}
+INLINED = {**INNER, "forceinline": True}
 
 Function = Callable[..., Any]
 
 
 def called(function: Function) -> Function:
     """Decorator: a function for compiled code alone; from Python, it runs as it stands."""
-    jitable: Function = register_jitable(**CALLED)(named_apart(function))
+    jitable: Function = register_jitable(**INNER)(named_apart(function))
     return jitable
 
 
