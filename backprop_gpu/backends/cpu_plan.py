@@ -41,10 +41,10 @@ PRODUCTS_TO_START = 1 << 21
 """Multiply-adds that take as long as a thread takes to start: 70 µs."""
 
 PRODUCTS_PER_STEP = 1 << 20
-"""Multiply-adds of a training step for which a thread takes part in it.
+"""Multiply-adds in float32 of a training step for which a thread takes part in it; one in float64 counts as two.
 
 One thread of a Zen 4 beside two, in µs a step: 64-64-64-10 with a batch of 32, 0.7 million multiply-adds, 22 and 33;
-network S, 3.3 million, 84 and 60.
+network S, 3.3 million, 84 and 60; 30-100-2 in float64 with a batch of 200, 1.7 million, 97 and 68.
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
@@ -72,7 +72,8 @@ def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: 
 
 def for_training(architecture: Architecture, batch_size: int, dtype: str, threads: int) -> Plan:
     """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes alone."""
-    worth = batch_size * _products_of_a_row(architecture, dtype) // PRODUCTS_PER_STEP
+    singles = np.dtype(dtype).itemsize // 4
+    worth = batch_size * _products_of_a_row(architecture, dtype) * singles // PRODUCTS_PER_STEP
     n_threads = _threads(min(threads, worth), batch_size)
     split_rows = architecture.n_parameters * np.dtype(dtype).itemsize <= SPLIT_ROWS_BYTES
     return Plan(n_threads, _tile_rows(architecture, batch_size, dtype, n_threads), split_rows)
