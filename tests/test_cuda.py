@@ -686,13 +686,20 @@ def driver(**settings):
     return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=Device, nvrtc=nvrtc))
 
 
+OLD = {"n_devices": "cudaErrorInsufficientDriver"}
+"""What CUDA answers when there is no driver, or one older than it needs."""
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"n_devices": "cudaErrorInsufficientDriver"}, "finds no usable NVIDIA driver.*install the driver"),
+        ({"driver": 0, **OLD}, "there is no NVIDIA driver; install one that offers CUDA 12.0"),
+        ({"driver": 0, "built_for": 13020, **OLD}, "there is no NVIDIA driver; install one that offers CUDA 13.0"),
+        ({"n_devices": "cudaErrorNoDevice"}, "no GPU .cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES.*nvidia-smi"),
         ({"n_devices": 0}, "CUDA_VISIBLE_DEVICES"),
-        ({"driver": 11080}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
-        ({"driver": 12040, "built_for": 13000}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
+        ({"driver": 11080, **OLD}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
+        ({"driver": 12040, "built_for": 13000, **OLD}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
+        ({"built_for": 11080}, "CuPy is built for CUDA 11.8, and 12.0 is the oldest.*uninstall.*'cupy-cuda13x.ctk"),
         ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
         ({"nvrtc": "failed to load libnvrtc.so.12"}, "no NVRTC.*libnvrtc.so.12.*CUDA 12 toolkit.*'cupy-cuda12x.ctk"),
         ({"free": 3 << 20}, "3 of the GPU's 81920 MiB are free, and 32 are the least.*end what else runs"),
@@ -717,7 +724,7 @@ def test_a_missing_cupy_names_the_package(monkeypatch):
     monkeypatch.setattr(cuda, "_cupy", missing)
     status = selection._status.__wrapped__("cuda")
     assert not status.works
-    assert "pip install cupy-cuda12x" in status.reason
+    assert "pip install 'cupy-cuda12x[ctk]'" in status.reason
 
 
 def test_narrow_dtypes_by_compute_capability(emulated):
