@@ -922,14 +922,41 @@ def test_a_way_with_other_numbers_never_wins(cublas, monkeypatch, caplog):
     assert "cublas does not give the numbers" in caplog.text
 
 
-def test_without_cublas_the_tiles_are_measured(emulated, on, monkeypatch, tmp_path):
+def test_without_cublas_the_tiles_are_measured(emulated, on, monkeypatch, tmp_path, caplog):
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
     on(emulated())
+    monkeypatch.setattr(cuda_blas, "CDLL", absent)
     monkeypatch.setenv("BACKPROP_GPU_CACHE_DIR", str(tmp_path / "none" / "yet"))
     X, y = data(n=32)
     expected = trained("numpy", X, y, epochs=1)
     net = bp.MLP(SIZES, backend="cuda", dtype="float64", seed=3)
     history = net.fit(X, y, epochs=1, batch_size=32, tune=True, progress=False)
     assert_same_run((np.array(history["loss"]), net.ops.to_numpy(net.parameters)), expected)
+    assert "tuning without cuBLAS, among the tiles alone: libcublas.so.13: cannot open" in caplog.text
+
+
+def test_cublas_is_found_where_cupy_loads_it_from(monkeypatch):
+    """A wheel's is loaded by CuPy, when its own module cublas is first asked for, and then found by its name."""
+    loaded = []
+
+    class Cuda:
+        runtime = SimpleNamespace(runtimeGetVersion=lambda: 13020)
+
+        @property
+        def cublas(self):
+            loaded.append("libcublas.so.13")
+
+    def find(name):
+        if name not in loaded:
+            raise OSError(f"{name}: cannot open shared object file")
+        return name
+
+    monkeypatch.setattr(cuda_blas, "CDLL", find)
+    assert cuda_blas.Blas(SimpleNamespace(cuda=Cuda())).missing() is None
+    monkeypatch.setattr(Cuda, "cublas", property(lambda self: find("libcublas.so.12")))
+    assert "libcublas.so.12: cannot open" in cuda_blas.Blas(SimpleNamespace(cuda=Cuda())).missing()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": '])

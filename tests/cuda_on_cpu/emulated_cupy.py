@@ -111,6 +111,7 @@ def _cuda(emulator: Emulator) -> _Namespace:
         compiler=_Namespace("cupy.cuda.compiler", CompileException=CompileException),
         driver=_Namespace("cupy.cuda.driver", CUDADriverError=CUDADriverError),
         nvrtc=_Namespace("cupy.cuda.nvrtc", getVersion=lambda: (13, 0)),
+        cublas=_Namespace("cupy.cuda.cublas"),
         is_available=lambda: True,
     )
 
