@@ -640,6 +640,9 @@ def test_arrays_that_no_kernel_can_read_are_refused(fast):
     on_device = fast.asarray(draw(4, 8))
     with pytest.raises(ValueError, match="W must be C-contiguous; got strides"):
         backend.dense_forward(on_device[:, :4].copy(), on_device[:, ::2], on_device[0, :4], "relu")
+    for unreadable, error in ((x, "x must be a CuPy array"), (on_device[:, ::2], "x must be C-contiguous")):
+        with pytest.raises((TypeError, ValueError), match=error):
+            backend.sum_squares(unreadable)
 
 
 # What it says when it cannot

@@ -210,6 +210,7 @@ class CudaBackend(Backend):
 
     def sum_squares(self, x: Array) -> Array:
         """Σ x², in float64, as an array without dimensions."""
+        self._check_arrays(x=x)
         result = self.cp.empty((1,), "float64")
         self.kernels.sum_squares(x, result)()
         return result.reshape(())
