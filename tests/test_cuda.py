@@ -374,6 +374,21 @@ def test_steps_agree_with_the_reference(checked, on, setting):
     assert_same_run(trained("cuda", X, y, **settings), trained("numpy", X, y, **settings))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_step_against_float64(fast, on, optimizer, dtype):
+    """Its loss, and all parameters after it, relative to the largest."""
+    on(fast)
+    X, y = data()
+    net = bp.MLP(SIZES, backend="cuda", dtype=dtype, activation=["gelu", "tanh"], dropout=0.3, alpha=0.1, seed=3)
+    reference = net.copy(backend="numpy", dtype="float64")
+    settings = {"optimizer": replace(bp.optimizers.get(optimizer), learning_rate=0.1), "epochs": 1, "batch_size": 101}
+    losses = [each.fit(X, y, progress=False, **settings)["loss"] for each in (net, reference)]
+    limit = {"float32": 1e-5, "float64": 1e-12}[dtype]
+    assert relative_error(*map(np.array, losses)) <= limit
+    assert relative_error(net.ops.to_numpy(net.parameters), reference.parameters) <= limit
+
+
 def test_weighted_rows(checked, on):
     on(checked)
     X, y = data()
