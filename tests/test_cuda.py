@@ -541,16 +541,48 @@ def test_streams_are_ordered(emulated, on, late):
         assert_same_run(trained("cuda", X, y), expected)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_data_that_does_not_fit_is_streamed(emulated, on, monkeypatch, late):
+ORDERS = {"at once": None, "late": 0, "first": 1, "second": 2, "third": 3, "fourth": 4}
+"""Which stream runs at once where others run late."""
+
+
+def in_order(cp, order):
+    """The emulated device, its streams in that order."""
+    cp.emulator.prompt = ORDERS[order] or 0
+    return cp
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_run_comes_between_what_its_caller_does(emulated, on, monkeypatch, order):
+    """On the caller's stream, also where the run ends by Ctrl-C."""
+
+    def interrupted(n_rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_data.ResidentData, "steps", 2)
+    X, y = data(n=96)
+    parameters = []
+    for cp in (emulated(), in_order(emulated(late=ORDERS[order] is not None), order)):
+        on(cp)
+        with cp.cuda.Stream(non_blocking=True):
+            net = bp.MLP(SIZES, backend="cuda", seed=3)
+            trainer, start = net.ops.trainer(job_of(net, X, y)), cp.asarray(-net.ops.to_numpy(net.parameters))
+            net.parameters[...] = start
+            with pytest.raises(KeyboardInterrupt):
+                run(trainer, 96, after_step=interrupted)
+            parameters.append(net.ops.to_numpy(net.parameters))
+    assert np.array_equal(*parameters)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_data_that_does_not_fit_is_streamed(emulated, on, monkeypatch, order):
+    """In four windows an epoch, so that each of the two places for them is used again."""
     X, y = data()
     on(emulated())
     expected = trained("cuda", X, y)
-    monkeypatch.setattr(cuda_data, "BYTES_PER_WINDOW", 2 * 32 * X.shape[1] * 8)
-    cp = emulated(late=late)
-    on(cp)
+    monkeypatch.setattr(cuda_data, "BYTES_PER_WINDOW", 32 * X.shape[1] * 8)
+    monkeypatch.setattr(cuda_data, "SHARE_OF_MEMORY", 0.0)
     for rows in (sparse.csr_array(X), X):
-        monkeypatch.setattr(cuda_data, "SHARE_OF_MEMORY", 0.0)
+        on(in_order(emulated(late=ORDERS[order] is not None), order))
         assert_same_run(trained("cuda", rows, y), expected)
 
 

@@ -74,6 +74,8 @@ class Emulator:
         """Bytes of memory that the device claims to have; tests lower it."""
         self.last_blocks = 0
         """Of a grid, how many blocks run, the last ones; 0 is all. For arrays too large for all to walk over."""
+        self.prompt = 0
+        """Where streams run late: the one that does not, by the order in which they were made, from 1 on; 0 is none."""
         self.memory = DeviceMemory(checked=checked)
         self.counters = Counters()
         self.pinned: list[weakref.ref] = []
