@@ -90,7 +90,7 @@ def test_everything_is_compiled_in_pieces(tmp_path, capsys, monkeypatch):
     everything.report(wanted, record)
     of = {job.architecture: len(job.variants) for job in wanted}
     there = of | {job.architecture: 0 for job in wanted[1:]}
-    expected = [f"{a}: {there[a]} of {of[a]} variants compiled, 0 use local memory" for a in ("75", "90")]
+    expected = [f"{a}: {there[a]} of {of[a]} variants compiled, 0 spill" for a in ("75", "90")]
     assert capsys.readouterr().out.splitlines() == expected
     monkeypatch.setattr(everything, "sources", lambda: "")
     assert everything.remaining(wanted, record) == wanted

@@ -1,11 +1,13 @@
-"""Compiles every variant that the library may launch, to machine code, and says which use local memory.
+"""Compiles every variant that the library may launch, to machine code, and says which spill registers.
 
     python tests/cuda_nvrtc/everything.py [--kernel NAME ...] [--minutes N] [--record FILE] [architecture ...]
 
 Some 8,500 variants for each of seven architectures, at about five a second and core. What is compiled is written down,
 and left out by later calls until a source, an option or NVRTC is another, so that all can be done in pieces of some
 `--minutes`. The order is drawn, the same each time: a piece is a sample of all. An array in local memory is an error; a
-few bytes are spilled where the assembler prefers that to one block less at once.
+few bytes are spilled where the assembler prefers that to one block less at once. Of the first third, by NVRTC 13.5, one
+in fifty spills, 20 bytes at most, but dense_backward of gelu with dropout in the 64 x 64 tile of float32: 44, and 68 on
+9.0.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def jobs(architectures: Sequence[str], kernels: Sequence[str]) -> list[Job]:
 
 
 def done(record: Path) -> dict[str, list[str]]:
-    """What uses local memory, by the keys of the jobs that are done."""
+    """What spills, by the keys of the jobs that are done."""
     lines = record.read_text().splitlines() if record.exists() else []
     return dict(json.loads(line) for line in lines)
 
@@ -83,13 +85,16 @@ def remaining(wanted: Sequence[Job], record: Path) -> list[Job]:
 
 
 def compiled(job: Job) -> list[str]:
-    """Which of the job's variants use local memory; CompileError if one does not compile."""
-    return [
-        f"{job.architecture}: {variant.expression}: {resources}"
-        for program in compiler.compile_all(job.variants, job.architecture, machine_code=True)
-        for variant, resources in program.resources.items()
-        if resources.spilled or resources.arrays
-    ]
+    """Which of the job's variants spill; CompileError if one does not compile, or has an array in local memory."""
+    spilling = []
+    for program in compiler.compile_all(job.variants, job.architecture, machine_code=True):
+        for variant, resources in program.resources.items():
+            line = f"{job.architecture}: {variant.expression}: {resources}"
+            if resources.arrays:
+                raise compiler.CompileError(line)
+            if resources.spilled:
+                spilling.append(line)
+    return spilling
 
 
 def run(wanted: Sequence[Job], record: Path, minutes: float) -> None:
@@ -106,7 +111,7 @@ def _before(end: float, job: Job) -> list[str] | None:
 
 
 def report(wanted: Sequence[Job], record: Path) -> None:
-    """What is done of each architecture, and what uses local memory."""
+    """What is done of each architecture, and what spills."""
     known, common = done(record), sources()
     for architecture in sorted({job.architecture for job in wanted}, key=int):
         there = [job for job in wanted if job.architecture == architecture]
@@ -114,7 +119,7 @@ def report(wanted: Sequence[Job], record: Path) -> None:
         spilling = [line for job in ready for line in known[job.key(common)]]
         n_ready, n_all = (sum(len(job.variants) for job in some) for some in (ready, there))
         print(*spilling, sep="\n", end="\n" if spilling else "")
-        print(f"{architecture}: {n_ready} of {n_all} variants compiled, {len(spilling)} use local memory", flush=True)
+        print(f"{architecture}: {n_ready} of {n_all} variants compiled, {len(spilling)} spill", flush=True)
 
 
 def main() -> None:
