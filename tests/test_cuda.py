@@ -374,6 +374,21 @@ def test_steps_agree_with_the_reference(checked, on, setting):
     assert_same_run(trained("cuda", X, y, **settings), trained("numpy", X, y, **settings))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_step_against_float64(fast, on, optimizer, dtype):
+    """Its loss, and all parameters after it, relative to the largest."""
+    on(fast)
+    X, y = data()
+    net = bp.MLP(SIZES, backend="cuda", dtype=dtype, activation=["gelu", "tanh"], dropout=0.3, alpha=0.1, seed=3)
+    reference = net.copy(backend="numpy", dtype="float64")
+    settings = {"optimizer": replace(bp.optimizers.get(optimizer), learning_rate=0.1), "epochs": 1, "batch_size": 101}
+    losses = [each.fit(X, y, progress=False, **settings)["loss"] for each in (net, reference)]
+    limit = {"float32": 1e-5, "float64": 1e-12}[dtype]
+    assert relative_error(*map(np.array, losses)) <= limit
+    assert relative_error(net.ops.to_numpy(net.parameters), reference.parameters) <= limit
+
+
 def test_weighted_rows(checked, on):
     on(checked)
     X, y = data()
@@ -526,16 +541,48 @@ def test_streams_are_ordered(emulated, on, late):
         assert_same_run(trained("cuda", X, y), expected)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_data_that_does_not_fit_is_streamed(emulated, on, monkeypatch, late):
+ORDERS = {"at once": None, "late": 0, "first": 1, "second": 2, "third": 3, "fourth": 4}
+"""Which stream runs at once where others run late."""
+
+
+def in_order(cp, order):
+    """The emulated device, its streams in that order."""
+    cp.emulator.prompt = ORDERS[order] or 0
+    return cp
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_run_comes_between_what_its_caller_does(emulated, on, monkeypatch, order):
+    """On the caller's stream, also where the run ends by Ctrl-C."""
+
+    def interrupted(n_rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_data.ResidentData, "steps", 2)
+    X, y = data(n=96)
+    parameters = []
+    for cp in (emulated(), in_order(emulated(late=ORDERS[order] is not None), order)):
+        on(cp)
+        with cp.cuda.Stream(non_blocking=True):
+            net = bp.MLP(SIZES, backend="cuda", seed=3)
+            trainer, start = net.ops.trainer(job_of(net, X, y)), cp.asarray(-net.ops.to_numpy(net.parameters))
+            net.parameters[...] = start
+            with pytest.raises(KeyboardInterrupt):
+                run(trainer, 96, after_step=interrupted)
+            parameters.append(net.ops.to_numpy(net.parameters))
+    assert np.array_equal(*parameters)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_data_that_does_not_fit_is_streamed(emulated, on, monkeypatch, order):
+    """In four windows an epoch, so that each of the two places for them is used again."""
     X, y = data()
     on(emulated())
     expected = trained("cuda", X, y)
-    monkeypatch.setattr(cuda_data, "BYTES_PER_WINDOW", 2 * 32 * X.shape[1] * 8)
-    cp = emulated(late=late)
-    on(cp)
+    monkeypatch.setattr(cuda_data, "BYTES_PER_WINDOW", 32 * X.shape[1] * 8)
+    monkeypatch.setattr(cuda_data, "SHARE_OF_MEMORY", 0.0)
     for rows in (sparse.csr_array(X), X):
-        monkeypatch.setattr(cuda_data, "SHARE_OF_MEMORY", 0.0)
+        on(in_order(emulated(late=ORDERS[order] is not None), order))
         assert_same_run(trained("cuda", rows, y), expected)
 
 
@@ -640,6 +687,9 @@ def test_arrays_that_no_kernel_can_read_are_refused(fast):
     on_device = fast.asarray(draw(4, 8))
     with pytest.raises(ValueError, match="W must be C-contiguous; got strides"):
         backend.dense_forward(on_device[:, :4].copy(), on_device[:, ::2], on_device[0, :4], "relu")
+    for unreadable, error in ((x, "x must be a CuPy array"), (on_device[:, ::2], "x must be C-contiguous")):
+        with pytest.raises((TypeError, ValueError), match=error):
+            backend.sum_squares(unreadable)
 
 
 # What it says when it cannot
@@ -686,13 +736,20 @@ def driver(**settings):
     return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=Device, nvrtc=nvrtc))
 
 
+OLD = {"n_devices": "cudaErrorInsufficientDriver"}
+"""What CUDA answers when there is no driver, or one older than it needs."""
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"n_devices": "cudaErrorInsufficientDriver"}, "finds no usable NVIDIA driver.*install the driver"),
+        ({"driver": 0, **OLD}, "there is no NVIDIA driver; install one that offers CUDA 12.0"),
+        ({"driver": 0, "built_for": 13020, **OLD}, "there is no NVIDIA driver; install one that offers CUDA 13.0"),
+        ({"n_devices": "cudaErrorNoDevice"}, "no GPU .cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES.*nvidia-smi"),
         ({"n_devices": 0}, "CUDA_VISIBLE_DEVICES"),
-        ({"driver": 11080}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
-        ({"driver": 12040, "built_for": 13000}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
+        ({"driver": 11080, **OLD}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
+        ({"driver": 12040, "built_for": 13000, **OLD}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
+        ({"built_for": 11080}, "CuPy is built for CUDA 11.8, and 12.0 is the oldest.*uninstall.*'cupy-cuda13x.ctk"),
         ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
         ({"nvrtc": "failed to load libnvrtc.so.12"}, "no NVRTC.*libnvrtc.so.12.*CUDA 12 toolkit.*'cupy-cuda12x.ctk"),
         ({"free": 3 << 20}, "3 of the GPU's 81920 MiB are free, and 32 are the least.*end what else runs"),
@@ -717,7 +774,7 @@ def test_a_missing_cupy_names_the_package(monkeypatch):
     monkeypatch.setattr(cuda, "_cupy", missing)
     status = selection._status.__wrapped__("cuda")
     assert not status.works
-    assert "pip install cupy-cuda12x" in status.reason
+    assert "pip install 'cupy-cuda12x[ctk]'" in status.reason
 
 
 def test_narrow_dtypes_by_compute_capability(emulated):
@@ -915,14 +972,41 @@ def test_a_way_with_other_numbers_never_wins(cublas, monkeypatch, caplog):
     assert "cublas does not give the numbers" in caplog.text
 
 
-def test_without_cublas_the_tiles_are_measured(emulated, on, monkeypatch, tmp_path):
+def test_without_cublas_the_tiles_are_measured(emulated, on, monkeypatch, tmp_path, caplog):
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
     on(emulated())
+    monkeypatch.setattr(cuda_blas, "CDLL", absent)
     monkeypatch.setenv("BACKPROP_GPU_CACHE_DIR", str(tmp_path / "none" / "yet"))
     X, y = data(n=32)
     expected = trained("numpy", X, y, epochs=1)
     net = bp.MLP(SIZES, backend="cuda", dtype="float64", seed=3)
     history = net.fit(X, y, epochs=1, batch_size=32, tune=True, progress=False)
     assert_same_run((np.array(history["loss"]), net.ops.to_numpy(net.parameters)), expected)
+    assert "tuning without cuBLAS, among the tiles alone: libcublas.so.13: cannot open" in caplog.text
+
+
+def test_cublas_is_found_where_cupy_loads_it_from(monkeypatch):
+    """A wheel's is loaded by CuPy, when its own module cublas is first asked for, and then found by its name."""
+    loaded = []
+
+    class Cuda:
+        runtime = SimpleNamespace(runtimeGetVersion=lambda: 13020)
+
+        @property
+        def cublas(self):
+            loaded.append("libcublas.so.13")
+
+    def find(name):
+        if name not in loaded:
+            raise OSError(f"{name}: cannot open shared object file")
+        return name
+
+    monkeypatch.setattr(cuda_blas, "CDLL", find)
+    assert cuda_blas.Blas(SimpleNamespace(cuda=Cuda())).missing() is None
+    monkeypatch.setattr(Cuda, "cublas", property(lambda self: find("libcublas.so.12")))
+    assert "libcublas.so.12: cannot open" in cuda_blas.Blas(SimpleNamespace(cuda=Cuda())).missing()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": '])

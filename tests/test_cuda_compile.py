@@ -6,7 +6,7 @@ for the others. `python tests/cuda_nvrtc/everything.py` compiles all that the li
 """
 
 import pytest
-from cuda_nvrtc import compiler, resources, variants
+from cuda_nvrtc import compiler, everything, resources, variants
 
 from backprop_gpu.backends import cuda_plan
 
@@ -78,6 +78,31 @@ def test_the_table_has_every_representative_variant():
         assert max(registers for registers, _ in row.used.values()) <= resources.most_registers(variant)
         assert row.shared_bytes == variant.shared_bytes
         assert row.static_shared <= cuda_plan.STATIC_BYTES
+
+
+def test_everything_is_compiled_in_pieces(tmp_path, capsys, monkeypatch):
+    """What is done is not done again, until a source is another."""
+    record, wanted = tmp_path / "record", everything.jobs(("75", "90"), ("gather", "convert"))
+    everything.run(wanted[:1], record, minutes=0)
+    assert everything.remaining(wanted, record) == wanted
+    everything.run(wanted[:1], record, minutes=float("inf"))
+    assert everything.remaining(wanted, record) == wanted[1:]
+    everything.report(wanted, record)
+    of = {job.architecture: len(job.variants) for job in wanted}
+    there = of | {job.architecture: 0 for job in wanted[1:]}
+    expected = [f"{a}: {there[a]} of {of[a]} variants compiled, 0 spill" for a in ("75", "90")]
+    assert capsys.readouterr().out.splitlines() == expected
+    monkeypatch.setattr(everything, "sources", lambda: "")
+    assert everything.remaining(wanted, record) == wanted
+
+
+def test_the_pieces_are_all_variants():
+    wanted = everything.jobs(variants.ARCHITECTURES, ())
+    compiled = [(job.architecture, variant) for job in wanted for variant in job.variants]
+    there = [(a, v) for v in variants.everything() for a in variants.ARCHITECTURES if v.runs_on(a)]
+    assert len(compiled) == len(there)
+    assert set(compiled) == set(there)
+    assert all(len({variant.file for variant in job.variants}) == 1 for job in wanted)
 
 
 # Machine code

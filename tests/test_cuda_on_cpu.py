@@ -1074,6 +1074,13 @@ def test_late_copies_see_pinned_memory_as_it_is_when_they_run():
     host[:] = 2  # too early
     stream.synchronize()
     assert (x.get() == 2).all()
+    pageable = host.copy()
+    for source, seen in ((host, 3), (pageable, 2)):  # what is not pinned is taken before `set` returns
+        with stream:
+            x.set(source)
+        source[:] = 3
+        stream.synchronize()
+        assert (x.get() == seen).all()
 
 
 def test_copies_by_pointer(cp):

@@ -25,8 +25,8 @@ from backprop_gpu.optimizers import Optimizer
 __all__ = ["BACKEND", "CudaBackend", "probe"]
 
 OLDEST_CAPABILITY = 75
-OLDEST_DRIVER = 12000
-"""CUDA version that the driver must offer, as CUDA counts: 12.0."""
+OLDEST_CUDA = 12000
+"""CUDA version that the driver must offer, and CuPy be built for, as CUDA counts: 12.0."""
 LEAST_MEMORY = 32 << 20
 """Bytes that must be free: less than the kernels' machine code and a small network take."""
 
@@ -34,26 +34,42 @@ LEAST_MEMORY = 32 << 20
 def probe(cp: Any = None) -> str | None:
     """Why this backend does not work here, and the way out; None where it works."""
     cp = cp or _cupy()
-    runtime = cp.cuda.runtime
-    try:
-        driver, n_devices = runtime.driverGetVersion(), runtime.getDeviceCount()
-    except runtime.CUDARuntimeError as error:
-        return f"CuPy finds no usable NVIDIA driver ({error}); install the driver of your GPU, 525 or newer"
-    if n_devices == 0:
-        return "there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it"
-    built_for = runtime.runtimeGetVersion()
-    if driver < max(OLDEST_DRIVER, built_for // 1000 * 1000):
+    return _wrong_cuda(cp) or _no_gpu(cp) or _no_compiler(cp) or _no_memory(cp)
+
+
+def _wrong_cuda(cp: Any) -> str | None:
+    """Asked first: of a driver that is too old CUDA answers no other question."""
+    driver, built_for = cp.cuda.runtime.driverGetVersion(), cp.cuda.runtime.runtimeGetVersion()
+    needed = max(OLDEST_CUDA, built_for // 1000 * 1000)
+    if driver == 0:
+        return f"there is no NVIDIA driver; install one that offers CUDA {_version(needed)} or newer"
+    if driver < needed:
         return (
             f"the NVIDIA driver offers CUDA {_version(driver)}, and CuPy is built for {_version(built_for)}; "
             "update the driver, or install the CuPy of its CUDA version (cupy-cuda12x, cupy-cuda13x)"
         )
+    if built_for < OLDEST_CUDA:
+        return (
+            f"CuPy is built for CUDA {_version(built_for)}, and {_version(OLDEST_CUDA)} is the oldest to work with; "
+            f"uninstall it, and pip install 'cupy-cuda{min(driver // 1000, 13)}x[ctk]'"
+        )
+    return None
+
+
+def _no_gpu(cp: Any) -> str | None:
+    try:
+        n_devices = cp.cuda.runtime.getDeviceCount()
+    except cp.cuda.runtime.CUDARuntimeError as error:
+        return f"CUDA finds no GPU ({error}), or CUDA_VISIBLE_DEVICES hides it; nvidia-smi should list one"
+    if n_devices == 0:
+        return "there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it"
     capability = int(cp.cuda.Device().compute_capability)
     if capability < OLDEST_CAPABILITY:
         return (
             f"the GPU has compute capability {capability / 10}, and the kernels need {OLDEST_CAPABILITY / 10} (Turing) "
             "or newer; choose another GPU by CUDA_VISIBLE_DEVICES"
         )
-    return _no_compiler(cp) or _no_memory(cp)
+    return None
 
 
 def _no_compiler(cp: Any) -> str | None:
@@ -194,6 +210,7 @@ class CudaBackend(Backend):
 
     def sum_squares(self, x: Array) -> Array:
         """Σ x², in float64, as an array without dimensions."""
+        self._check_arrays(x=x)
         result = self.cp.empty((1,), "float64")
         self.kernels.sum_squares(x, result)()
         return result.reshape(())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from ctypes import CDLL
 from functools import cached_property
 from typing import Any
 
@@ -33,15 +34,16 @@ class Blas:
 
     @cached_property
     def cublas(self) -> Any:
-        """The cuBLAS that CuPy has loaded."""
+        """CuPy's, which loads it when asked for its own module: the system's loader does not look into wheels."""
+        _ = self.cp.cuda.cublas
         major = self.cp.cuda.runtime.runtimeGetVersion() // 1000
-        return ctypes.CDLL(f"libcublas.so.{major}")
+        return CDLL(f"libcublas.so.{major}")
 
     def missing(self) -> str | None:
         """Why there is none, or None."""
         try:
             return None if self.cublas else "no cuBLAS"
-        except OSError as error:
+        except (ImportError, OSError, RuntimeError) as error:
             return str(error)
 
     def prepare(self, stream: Any) -> None:

@@ -216,15 +216,16 @@ RATES = {
     80: Rates(64, 32, 512, 1024, 1024),
     86: Rates(128, 2, 256, 512, 512),
     89: Rates(128, 2, 256, 512, 512),
-    90: Rates(128, 64, 512, 1024, 1024),
+    90: Rates(128, 64, 644, 1288, 1288),
     100: Rates(128, 64, 512, 1024, 1024),
     120: Rates(128, 2, 256, 512, 512),
 }
-"""By compute capability. Written from memory, neither looked up nor measured yet: they order the tiles, no more.
+"""By compute capability, from documents that `kernels/README.md` names; nothing of it was measured here.
 
-Meant to be, for ordinary cores, the Programming Guide's table of arithmetic instructions; for tensor cores, the dense
-throughput in NVIDIA's architecture whitepapers by processors and clock, for 9.0 and 10.0, whose whole rate is that of
-other instructions than `mma.sync`, as for 8.0. GeForce cards of 8.6, 8.9 and 12.0 have half.
+Ordinary cores: NVIDIA's table of arithmetic instructions in the CUDA C++ Programming Guide, now Best Practices Guide.
+Tensor cores: with sums in float32, the dense TFLOPS of whitepapers and datasheets by two, processors and boost clock;
+GeForce cards have half. For 9.0, 62.9 % of that, as `mma.sync` reaches it (Luo et al. 2025, arXiv:2501.12084); for
+10.0, of which NVIDIA says only what other instructions reach, as for 8.0.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,6 +15,8 @@ from backprop_gpu.backends.cuda_plan import Parts, Tile
 from backprop_gpu.backends.cuda_tuning import Tuning, Way
 
 __all__ = ["Launchable", "Products"]
+
+logger = logging.getLogger("backprop_gpu")
 
 Launchable: TypeAlias = Callable[[], None]
 """Launches on the current stream, or is captured."""
@@ -42,10 +45,18 @@ class Products:
         self.tuning = Tuning(self.cp) if tune else None
         self.blas = Blas(self.cp)
         self.ways = list(self.tiles)
-        if tune and self.blas.missing() is None:
-            self.ways.append(CUBLAS)
-            for stream in streams:
-                self.blas.prepare(stream)
+        if tune:
+            self._with_cublas(streams)
+
+    def _with_cublas(self, streams: tuple[Any, ...]) -> None:
+        """One way more, where it is there."""
+        missing = self.blas.missing()
+        if missing:
+            logger.warning("tuning without cuBLAS, among the tiles alone: %s", missing)
+            return
+        self.ways.append(CUBLAS)
+        for stream in streams:
+            self.blas.prepare(stream)
 
     def forward(
         self,

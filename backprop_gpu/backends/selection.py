@@ -24,7 +24,12 @@ MODULES = {"cuda": "cuda", "numba-cuda": "numba_cuda", "cpu": "cpu", "numpy": "n
 """Every backend by name, fastest first, and its module in this package."""
 
 
-DEPENDENCY = {"cuda": "cupy-cuda12x", "numba-cuda": "'numba-cuda[cu13]'", "cpu": "numba", "numpy": "numpy"}
+DEPENDENCY = {
+    "cuda": "'cupy-cuda12x[ctk]'",  # a driver of CUDA 13 runs it as well
+    "numba-cuda": "'numba-cuda[cu13]'",
+    "cpu": "numba",
+    "numpy": "numpy",
+}
 """What each backend imports beyond NumPy."""
 
 

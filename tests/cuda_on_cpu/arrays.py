@@ -157,9 +157,10 @@ class ndarray:
         stream = stream or streams.current
         streams.forbid_while_capturing("a copy from host memory that is not pinned", stream)
         self._emulator.counters.bytes_to_device += self.nbytes
-        target, staged = self._view, arr.copy()
+        pinned = self._emulator.pinned_at(arr.ctypes.data, arr.nbytes) is not None
+        target, source = self._view, arr if pinned else arr.copy()  # page-locked memory is read when the copy runs
         with stream:
-            self._submit("a copy from the host", lambda: np.copyto(target, staged), target)
+            self._submit("a copy from the host", lambda: np.copyto(target, source), target)
 
     def item(self) -> Any:
         return self.get().item()

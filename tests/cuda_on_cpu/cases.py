@@ -285,6 +285,31 @@ def _one_tile() -> Iterator[Case]:
         yield Case(f"dense_gradients {tile.expression} one tile", "dense_gradients", ("dense_gradients",), run)
 
 
+def tf32_rounding(tile: Tile) -> Any:
+    """Operands of more digits than tf32 has are rounded to the nearest, not cut off."""
+
+    def run(device: Device) -> None:
+        m, n, k = _shape(tile, 1, aligned=True)
+        a_prev, W = normal(1, m, k, dtype="float32"), normal(2, k, n, dtype="float32")
+        a, b = device.hole((m, n), "float32"), device.put(np.zeros(n), "float32")
+        operands = device.put(a_prev, "float32"), device.put(W, "float32")
+        device.kernels.dense_forward(*operands, b, a, None, "identity", None, dtype="tf32", tile=tile)()
+        assert_close(device.get(a), nearest_tf32(a_prev) @ nearest_tf32(W), TOLERANCE["tf32"])
+
+    return run
+
+
+def nearest_tf32(x: np.ndarray) -> np.ndarray:
+    """Ties away from zero; in float64."""
+    bits = x.astype(np.float32).view(np.uint32) + np.uint32(1 << 12)
+    return (bits >> 13 << 13).view(np.float32).astype(np.float64)
+
+
+def _tf32() -> Iterator[Case]:
+    tile = TILES["tf32"][3]
+    yield Case(f"dense_forward {tile.expression} rounds", "dense_forward", ("Tf32", "TensorCores"), tf32_rounding(tile))
+
+
 def forward_pass(dtype: str, n: int, *misaligned: str, keep_z: bool = True, dropout: bool = False) -> Any:
     """What follows a product, where rows are of whole quads but for some arrays that begin between them."""
 
@@ -758,6 +783,9 @@ def _numbered(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 CASES = _numbered(
-    itertools.chain(_rows(), _activations(), _output_layer(), _flat_vector(), _passes(), _one_tile(), _products())
+    itertools.chain(
+        *(_rows(), _activations(), _output_layer(), _flat_vector(), _passes()),
+        *(_tf32(), _one_tile(), _products()),
+    )
 )
 """All of them; together they launch every kernel and enter every struct of the sources."""

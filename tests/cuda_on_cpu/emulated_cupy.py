@@ -111,6 +111,7 @@ def _cuda(emulator: Emulator) -> _Namespace:
         compiler=_Namespace("cupy.cuda.compiler", CompileException=CompileException),
         driver=_Namespace("cupy.cuda.driver", CUDADriverError=CUDADriverError),
         nvrtc=_Namespace("cupy.cuda.nvrtc", getVersion=lambda: (13, 0)),
+        cublas=_Namespace("cupy.cuda.cublas"),
         is_available=lambda: True,
     )
 
@@ -278,13 +279,4 @@ def _bytes_at(emulator: Emulator, address: int, size: int, on_device: bool) -> t
         return emulator.memory.at(address, size), allocation
     if allocation is not None:
         raise CUDARuntimeError(1, f"{address:#x} is on the device, where the copy's kind says host")
-    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8), _pinned_at(emulator, address, size)
-
-
-def _pinned_at(emulator: Emulator, address: int, size: int) -> PinnedMemory | None:
-    emulator.pinned = [reference for reference in emulator.pinned if reference() is not None]
-    for reference in emulator.pinned:
-        memory = reference()
-        if memory is not None and memory.ptr <= address and address + size <= memory.ptr + len(memory):
-            return memory
-    return None
+    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8), emulator.pinned_at(address, size)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .errors import EmulationError, OutOfMemoryError
-from .memory import Allocation, DeviceMemory
+from .memory import Allocation, DeviceMemory, PinnedMemory
 
 __all__ = ["SCHEDULES", "Counters", "Emulator", "Operation"]
 
@@ -74,9 +74,11 @@ class Emulator:
         """Bytes of memory that the device claims to have; tests lower it."""
         self.last_blocks = 0
         """Of a grid, how many blocks run, the last ones; 0 is all. For arrays too large for all to walk over."""
+        self.prompt = 0
+        """Where streams run late: the one that does not, by the order in which they were made, from 1 on; 0 is none."""
         self.memory = DeviceMemory(checked=checked)
         self.counters = Counters()
-        self.pinned: list[weakref.ref] = []
+        self.pinned: list[weakref.ref[PinnedMemory]] = []
         from .streams import Streams  # which needs what is above
 
         self.streams = Streams(self)
@@ -91,6 +93,15 @@ class Emulator:
     def reset(self) -> None:
         """Sets all counters to zero."""
         self.counters = Counters()
+
+    def pinned_at(self, address: int, size: int) -> PinnedMemory | None:
+        """The page-locked memory of the host that holds these bytes."""
+        self.pinned = [reference for reference in self.pinned if reference() is not None]
+        for reference in self.pinned:
+            memory = reference()
+            if memory is not None and memory.ptr <= address and address + size <= memory.ptr + len(memory):
+                return memory
+        return None
 
     def allocate(self, nbytes: int) -> Allocation:
         """New device memory, within what the device has."""

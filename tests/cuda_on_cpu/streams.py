@@ -1,7 +1,8 @@
 """Streams, events and graphs: the order of work, and what a captured stream records.
 
 Work runs when it is submitted, which is one of the orders that CUDA allows. In the "late" mode it runs as late as
-events and synchronisations allow, which is another: a dependency that was forgotten then shows as wrong numbers.
+events and synchronisations allow, which is another: a dependency that was forgotten then shows as wrong numbers. One
+stream may be prompt among late ones, and so write what another has yet to read.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Streams:
             return operation.run()
         self._order_with_null(stream)
         stream._queue.add(lambda kept=operation: kept.run())
+        if self.emulator.prompt and self.emulator.prompt == stream._number:
+            stream._queue.flush()
 
     def _forbid_implicit_capture(self, stream: Stream) -> None:
         if stream is self.null and any(not capture.origin.non_blocking for capture in self.captures):
@@ -130,6 +133,7 @@ class Stream:
         if null or ptds:
             raise EmulationError("write Stream.null for the null stream")
         self._set_up(non_blocking, next(_handles))
+        self._number = len(self._streams.all)
         self._streams.all[self.ptr] = self
 
     @classmethod
@@ -142,6 +146,7 @@ class Stream:
         self.non_blocking = non_blocking
         self.ptr = handle
         self.device_id = 0
+        self._number = 0
         self._queue = _Queue()
         self._capture: _Capture | None = None
 
