@@ -49,9 +49,10 @@ def _wrong_cuda(cp: Any) -> str | None:
             "update the driver, or install the CuPy of its CUDA version (cupy-cuda12x, cupy-cuda13x)"
         )
     if built_for < OLDEST_CUDA:
+        major = min(driver // 1000, 13)
         return (
             f"CuPy is built for CUDA {_version(built_for)}, and {_version(OLDEST_CUDA)} is the oldest to work with; "
-            f"uninstall it, and pip install 'cupy-cuda{min(driver // 1000, 13)}x[ctk]'"
+            f"uninstall it, and pip install cupy-cuda{major}x 'cuda-toolkit[cudart,nvrtc]=={major}.*'"
         )
     return None
 
@@ -80,7 +81,7 @@ def _no_compiler(cp: Any) -> str | None:
         major = cp.cuda.runtime.runtimeGetVersion() // 1000
         return (
             f"CuPy finds no NVRTC, which compiles the kernels ({error}); install the CUDA {major} toolkit, or "
-            f"pip install 'cupy-cuda{major}x[ctk]'"
+            f"pip install 'cuda-toolkit[cudart,nvrtc]=={major}.*'"
         )
     return None
 

@@ -25,7 +25,7 @@ MODULES = {"cuda": "cuda", "numba-cuda": "numba_cuda", "cpu": "cpu", "numpy": "n
 
 
 DEPENDENCY = {
-    "cuda": "'cupy-cuda12x[ctk]'",  # a driver of CUDA 13 runs it as well
+    "cuda": "cupy-cuda12x 'cuda-toolkit[cudart,nvrtc]==12.*'",  # a driver of CUDA 13 runs it as well
     "numba-cuda": "'numba-cuda[cu13]'",
     "cpu": "numba",
     "numpy": "numpy",
