@@ -14,7 +14,7 @@ import pytest
 from bench import comparison, estimators, plots, report, results, tables
 from bench.arena import Arena, Measured, void_where_scores_differ
 from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
-from bench.comparison import Row, compare, interleaved, quartiles, ratios
+from bench.comparison import Row, compare, interleaved, quartiles, ratios, settled
 from bench.contenders import BACKENDS, FLOOR, GPU_PEERS, PEERS, contender
 from bench.contenders.contract import Unsupported
 from bench.datasets import FITS, missing
@@ -186,6 +186,17 @@ def test_every_round_has_every_contender_once_in_changing_order():
     assert len({tuple(names) for names in rounds}) > 1
 
 
+def test_a_ratio_is_settled_when_its_quartiles_are_near_for_so_many_rounds():
+    ours = [1.0] * 16
+    spread = [2.0, 2.2] * 8  # quartiles 10 % apart: ± 2.3 % after 16 rounds, ± 4.6 % after 4
+    assert settled([ours, spread])
+    assert not settled([ours[:4], spread[:4]])
+    assert settled([ours[:4], [2.0, 2.1, 2.0, 2.1]])
+    assert not settled([ours[:3], [2.0] * 3])
+    assert not settled([ours, [2.0] * 16, [2.0, 3.0] * 8])
+    assert not settled([])
+
+
 class Scripted:
     """A process whose answers are given beforehand, on a machine where others use what they are told to."""
 
@@ -241,6 +252,16 @@ def test_a_different_answer_voids_the_row(monkeypatch, number):
     assert measured.rows["numpy"].seconds == []
 
 
+def test_rounds_end_when_the_ratios_are_settled(monkeypatch):
+    number = TASKS["training"].expected(SMALL)[0]
+    steady = [Scripted(monkeypatch, number=number) for _ in range(2)]
+    rows = compare(SMALL, dict(zip("ab", steady, strict=True)), rounds=9).rows
+    assert [len(row.seconds) for row in rows.values()] == [comparison.FEWEST_ROUNDS] * 2
+    monkeypatch.setattr(comparison, "SETTLED", -1.0)
+    rows = compare(SMALL, dict(zip("ab", steady, strict=True)), rounds=9).rows
+    assert [len(row.seconds) for row in rows.values()] == [9] * 2
+
+
 def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
     measured = compare(SMALL, {"numpy": Scripted(monkeypatch, number=number)}, rounds=2)
@@ -251,14 +272,15 @@ def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
 def test_a_contender_that_fails_on_the_way_is_void_and_the_others_go_on(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
     good, bad = Scripted(monkeypatch, number=number), Scripted(monkeypatch, number=number, fails_at=2)
-    rows = compare(SMALL, {"good": good, "bad": bad}, rounds=5).rows
+    rows = compare(SMALL, {"good": good, "bad": bad}, rounds=4).rows
     assert "out of memory" in rows["bad"].void
     assert rows["bad"].seconds == []
-    assert len(rows["good"].seconds) == 5
+    assert len(rows["good"].seconds) == 4
 
 
 def test_nothing_is_taken_again_on_a_machine_that_is_busy_throughout(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
+    monkeypatch.setattr(comparison, "FEWEST_ROUNDS", 20)
     process = Scripted(monkeypatch, number=number, others=[0.9] * 1000)
     row = compare(SMALL, {"numpy": process}, rounds=20).rows["numpy"]
     assert row.contended == 20
@@ -314,9 +336,9 @@ def test_a_process_that_ended_is_started_again():
         process.close()
 
 
-def test_new_processes_tell_their_seconds_and_memory():
+def test_new_processes_tell_their_seconds_and_memory(tmp_path):
     assert import_seconds("numpy") > 0
-    answer = first_step("numpy", 1, cold=True)
+    answer = first_step("numpy", 1, str(tmp_path))
     assert answer["seconds"] > 0
     assert 10 < answer["peak_mb"] < 10_000
 
