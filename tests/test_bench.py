@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import comparison, estimators, plots, report, results, tables
+from bench import agreement, comparison, estimators, plots, report, results, tables
 from bench.arena import Arena, Measured, void_where_scores_differ
 from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
 from bench.comparison import Row, compare, interleaved, quartiles, ratios, settled
@@ -455,6 +455,49 @@ def test_everything_is_in_the_long_tables(result):
         in text
     )
     assert "samples; during 0 of them something else was running" in text
+
+
+def _file(folder, name, **samples):
+    """A result file with one piece of work, whose contenders took such seconds."""
+    benchmarks = [_benchmark("a piece of work", who, seconds) for who, seconds in samples.items()]
+    content = {"machine_info": {}, "commit_info": {}, "datetime": "2030-01-02", "benchmarks": benchmarks}
+    path = folder / name
+    path.write_text(results.compact(content), encoding="utf-8")
+    return str(path)
+
+
+def test_ratios_of_two_files_that_are_apart_are_listed(tmp_path, capsys):
+    ours = [1.0, 1.0, 1.0]
+    a = _file(tmp_path, "a.json", cpu=ours, torch=[2.0, 2.0, 2.0], jax=[1.5, 1.5, 1.5], floor=[0.5, 0.5, 0.5])
+    b = _file(tmp_path, "b.json", cpu=ours, torch=[2.1, 2.3, 2.5], jax=[1.6, 1.6, 1.6], floor=[1.0, 1.0, 1.0])
+    assert agreement.main([a, b]) == 1
+    assert capsys.readouterr().out == (
+        "ratios over 1.1: 2; more than 10% apart: 1\n"
+        "|  |  | A | B | apart |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| a piece of work | PyTorch eager | 2.00 [2.00, 2.00] | 2.30 [2.20, 2.40] | 15% |\n"
+    )
+
+
+def test_two_files_that_agree_or_lack_a_contender(tmp_path, capsys):
+    a = _file(tmp_path, "a.json", cpu=[1.0], torch=[2.0], sklearn=[3.0])
+    b = _file(tmp_path, "b.json", cpu=[2.0], torch=[4.3])
+    assert agreement.main([a, b]) == agreement.main([b, a]) == 0
+    text = "ratios in one file only: 1\nratios over 1.1: 1; more than 10% apart: 0\n"
+    assert capsys.readouterr().out == 2 * text
+
+
+def test_ratios_that_vary_are_shown_with_their_quartiles():
+    row = {
+        "cpu": results.Bench("cpu", (1.0, 1.0, 1.0), {"contended": 0}),
+        "torch": results.Bench("torch", (2.0, 2.0, 3.0), {"contended": 0}),
+        "jax": results.Bench("jax", (3.0, 3.1, 3.1), {"contended": 0}),
+    }
+    machine = {"gpu": "", "cpu": "A", "threads": 2, "simd": "", "python": "3.12.0", "versions": {}}
+    text = tables.everything(results.Result(Path("a.json"), machine, "2030-01-02", {"a piece of work": row}))
+    assert "of 2, those whose quartiles are over 10% of the median apart" in text
+    assert "| a piece of work | PyTorch eager | 2.00 [2.00, 2.50] | 3 |" in text
+    assert "| a piece of work | JAX jit" not in text
 
 
 def test_operations_on_a_gpu_are_set_against_its_ceilings():
