@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -19,9 +20,11 @@ from bench.processes import Failed, Process, Unsupported
 __all__ = ["Arena", "Measured", "void_where_scores_differ"]
 
 
-QUICK_ROUNDS = 5
 SEARCH, QUICK_SEARCH = 60.0, 3.0
 """Seconds of building after which no further way of a peer is tried."""
+
+FIRST_STEPS = {"cold": 1, "warm": 3}
+"""Rounds of new processes."""
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Arena:
         self.threads, self.rounds, self.say = threads, rounds, say
         self.processes: dict[str, Process] = {}
         self.measured: dict[Any, dict[str, Measured]] = {}
+        self.caches = TemporaryDirectory()
+        """Compiled code of the processes that are new."""
 
     def __enter__(self) -> Arena:
         return self
@@ -46,6 +51,7 @@ class Arena:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for process in self.processes.values():
             process.close()
+        self.caches.cleanup()
 
     def running(self, names: Sequence[str]) -> dict[str, Process]:
         """The processes of those that can take part here."""
@@ -58,7 +64,7 @@ class Arena:
         return name in self.processes and self.processes[name].process.poll() is None
 
     def compared(self, what: str, case: Case, names: Sequence[str], *, quick: bool = False) -> dict[str, Measured]:
-        """Task `what` on `case`; `quick`: fewer rounds, and fewer of a peer's ways where they take long to build."""
+        """Task `what` on `case`; `quick`: not all of a peer's ways where they take long to build."""
         return self._once((what, case), lambda: self._compare(what, case, names, quick))
 
     def fitted(self, name: str, names: Sequence[str], *, rounds: int) -> dict[str, Measured]:
@@ -73,15 +79,18 @@ class Arena:
         """The import alone."""
         return self._once("import", lambda: self._in_turn(names, rounds, self._import))
 
-    def first_steps(self, names: Sequence[str], *, rounds: int, cold: bool) -> dict[str, Measured]:
-        """A new process up to its first pass over M's mini-batches; notes: peak_mb, one for each round."""
+    def first_steps(self, names: Sequence[str], cache: str) -> dict[str, Measured]:
+        """A new process up to its first pass over M's mini-batches; notes: peak_mb, one for each round.
+
+        With a cold cache there is one round, which leaves compiled code on disk for the warm ones.
+        """
+        if cache == "warm":
+            self.first_steps(names, "cold")
 
         def step(name: str) -> dict[str, float]:
-            return first_step(name, self.threads, cold=cold)
+            return first_step(name, self.threads, self.caches.name)
 
-        if not cold:
-            self._once("caches filled", lambda: self._in_turn(names, 1, step))
-        return self._once(("first step", cold), lambda: self._in_turn(names, rounds, step))
+        return self._once(("first step", cache), lambda: self._in_turn(names, FIRST_STEPS[cache], step))
 
     def _once(self, key: Any, measure: Callable[[], dict[str, Measured]]) -> dict[str, Measured]:
         if key not in self.measured:
@@ -89,9 +98,8 @@ class Arena:
         return self.measured[key]
 
     def _compare(self, what: str, case: Case, names: Sequence[str], quick: bool) -> dict[str, Measured]:
-        running = self.running(names)
-        rounds, search = (min(self.rounds, QUICK_ROUNDS), QUICK_SEARCH) if quick else (self.rounds, SEARCH)
-        comparison: Comparison = compare(case, running, what, rounds=rounds, search=search, say=self.say)
+        running, search = self.running(names), QUICK_SEARCH if quick else SEARCH
+        comparison: Comparison = compare(case, running, what, rounds=self.rounds, search=search, say=self.say)
         for process in running.values():
             with suppress(Failed):  # its row says so
                 process.ask("end")
@@ -129,7 +137,7 @@ class Arena:
         running = self.running(names)
         measured = {who: Measured(Row(), {"what": f"estimator, {job}", "scores": []}) for who in running}
         for process in running.values():
-            process.ask("estimate", job=job)  # compiles
+            process.ask("prepare_estimate", job=job)
         for i, who in interleaved(running, rounds):
             self.say(f"{job}: round {i + 1} of {rounds}, {who}")
             process, row = running[who], measured[who].row

@@ -14,12 +14,21 @@ from bench.cases import Case
 from bench.processes import Failed, Others, Process, Unsupported
 from bench.tasks import TASKS, Task
 
-__all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "uncontended"]
+__all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
 
-FASTEST_SAMPLE, SLOWEST_SAMPLE = 0.02, 0.3
-"""A sample lasts at least 20 ms for the fastest contender, unless it would be over 0.3 s for the slowest."""
+FASTEST_RUN, SLOWEST_RUN = 0.01, 0.2
+"""A run lasts at least 10 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
+RUNS, RUNS_SECONDS = 4, 0.6
+"""A sample is the fastest of so many runs, one after the other, or of as many as the slowest contender makes in 0.6 s.
+On a virtual machine every fourth run of 20 ms was slowed down by what no counter shows. Resampled from 1,600 of those,
+two medians of 5 samples of 4 runs were 10 % apart for 8 rows of 132; two medians of 33 single runs for 15."""
 
-WARMUP = 0.12
+FEWEST_ROUNDS, SETTLED = 4, 0.03
+"""After four rounds, measuring ends as soon as the standard error of each ratio's median is below 3 %."""
+STANDARD_ERROR = 0.93
+"""Of the median of n numbers, by the distance of their quartiles over √n, where they are normal."""
+
+WARMUP = 0.08
 """Seconds of the same work before a sample. After a pause Linux wakes threads on one processor and takes up to 70 ms to
 spread them: JAX on M takes 780 µs a step after 3 ms of warm-up, 530 µs after 70 ms; backprop_gpu 510 and 370 µs."""
 
@@ -63,7 +72,7 @@ class Comparison:
     case: Case
     rows: dict[str, Row]
     repeats: int = 0
-    """Steps, or whatever is repeated, in each sample."""
+    """Steps, or whatever is repeated, in each run."""
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -92,7 +101,11 @@ def compare(
     search: float = 60.0,
     say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
-    """Measure them all at task `what` on `case`; after `search` seconds of building, no other variants are tried."""
+    """Measure them all at task `what` on `case`, in `rounds` rounds at most.
+
+    Fewer are enough once the ratios to the first are settled. After `search` seconds of building, no other variants are
+    tried.
+    """
     task = TASKS[what]
     comparison = Comparison(case, {name: Row() for name in contenders})
     expected = task.expected(case)
@@ -102,17 +115,33 @@ def compare(
     running = {name: row for name, row in comparison.rows.items() if not (row.void or row.unsupported)}
     if running:
         multiple = task.multiple(case)
-        n = comparison.repeats = _repeats([row.variants[row.variant] for row in running.values()], multiple)
-        for i, name in interleaved(running, rounds):
-            say(f"{case}: round {i + 1} of {rounds}, {n} repeats a sample")
-            _sample(contenders[name], running[name], n, multiple, 1 if _busy(running.values()) else ATTEMPTS)
+        plan = _plan([row.variants[row.variant] for row in running.values()], multiple)
+        comparison.repeats = plan["n"]
+        for i, order in enumerate(_orders(running, rounds)):
+            say(f"{case}: round {i + 1} of {rounds}, {plan['runs']} runs of {plan['n']} repeats a sample")
+            for name in order:
+                _sample(contenders[name], running[name], plan, multiple, 1 if _busy(running.values()) else ATTEMPTS)
+            if settled([row.seconds for row in running.values() if not row.void]):
+                break
     return comparison
+
+
+def settled(rows: Sequence[Sequence[float]]) -> bool:
+    """Whether the median of every row's ratio to the first row is known well enough."""
+    if not rows or len(rows[0]) < FEWEST_ROUNDS:
+        return False
+    found = (ratios(row, rows[0]) for row in rows[1:])
+    return all(STANDARD_ERROR * (high - low) <= SETTLED * middle * len(rows[0]) ** 0.5 for low, middle, high in found)
 
 
 def interleaved(names: Mapping[str, Any] | Sequence[str], rounds: int) -> list[tuple[int, str]]:
     """(round, name) for every name in every round, in an order drawn anew for each."""
+    return [(i, name) for i, order in enumerate(_orders(names, rounds)) for name in order]
+
+
+def _orders(names: Mapping[str, Any] | Sequence[str], rounds: int) -> list[list[str]]:
     draw = random.Random(0)
-    return [(i, name) for i in range(rounds) for name in draw.sample(list(names), len(names))]
+    return [draw.sample(list(names), len(names)) for _ in range(rounds)]
 
 
 def _begin(process: Process, row: Row, task: Task, case: Case, expected: tuple[float, float], search: float) -> None:
@@ -131,9 +160,10 @@ def _begin(process: Process, row: Row, task: Task, case: Case, expected: tuple[f
     process.wait_until_idle()
 
 
-def _repeats(seconds: Sequence[float], multiple: int) -> int:
-    """How often to repeat in a sample, the same for all."""
-    return _at_least(min(FASTEST_SAMPLE / min(seconds), SLOWEST_SAMPLE / max(seconds)), multiple)
+def _plan(seconds: Sequence[float], multiple: int) -> dict[str, int]:
+    """How often to repeat in a run, and the runs of a sample: the same for all."""
+    n = _at_least(min(FASTEST_RUN / min(seconds), SLOWEST_RUN / max(seconds)), multiple)
+    return {"n": n, "runs": max(1, min(RUNS, int(RUNS_SECONDS / (n * max(seconds)))))}
 
 
 def _at_least(n: float, multiple: int) -> int:
@@ -147,13 +177,13 @@ def _busy(rows: Iterable[Row]) -> bool:
     return taken >= ENOUGH and contended > taken / 2
 
 
-def _sample(process: Process, row: Row, n: int, multiple: int, attempts: int) -> None:
+def _sample(process: Process, row: Row, plan: Mapping[str, int], multiple: int, attempts: int) -> None:
     if row.void:
         return
     warmup = _at_least(WARMUP / row.variants[row.variant], multiple)
     try:
         answer, contention = uncontended(
-            process, row.cores, lambda: process.ask("sample", n=n, warmup=warmup), attempts
+            process, row.cores, lambda: process.ask("sample", **plan, warmup=warmup), attempts
         )
     except Failed as error:
         row.void, row.seconds = f"failed:\n{error}", []

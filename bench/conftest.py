@@ -29,7 +29,7 @@ CONTENDERS = (*CPU_BACKENDS, *PEERS, FLOOR)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this folder's suites."""
     group = parser.getgroup("backprop_gpu benchmarks")
-    group.addoption("--rounds", type=int, default=11, help="samples of each contender (default: %(default)s)")
+    group.addoption("--rounds", type=int, default=11, help="samples of each contender at most (default: %(default)s)")
     group.addoption("--threads", type=int, default=all_threads(), help="threads of each (default: all processors)")
     group.addoption("--shapes", type=int, default=12, help="random shapes in the sweep (default: %(default)s)")
 

@@ -11,10 +11,7 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +30,12 @@ def import_seconds(module: str) -> float:
     return float(_output([sys.executable, "-c", code], os.environ))
 
 
-def first_step(name: str, threads: int, *, cold: bool) -> dict[str, float]:
-    """{"seconds", "peak_mb"} of a new process; `cold`: with nothing compiled before it."""
-    with _caches(cold) as variables:
-        command = [sys.executable, "-m", "bench.fresh", name, str(threads)]
-        answer: dict[str, float] = json.loads(_output(command, {**os.environ, **variables}).splitlines()[-1])
-        return answer
-
-
-@contextmanager
-def _caches(cold: bool) -> Iterator[dict[str, str]]:
-    if not cold:
-        yield {}
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield dict.fromkeys(CACHES, folder)
+def first_step(name: str, threads: int, caches: str) -> dict[str, float]:
+    """{"seconds", "peak_mb"} of a new process that keeps compiled code in the folder `caches`, or finds it there."""
+    command = [sys.executable, "-m", "bench.fresh", name, str(threads)]
+    output = _output(command, {**os.environ, **dict.fromkeys(CACHES, caches)})
+    answer: dict[str, float] = json.loads(output.splitlines()[-1])
+    return answer
 
 
 def _output(command: list[str], environment: Any) -> str:

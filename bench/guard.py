@@ -38,7 +38,7 @@ class Slowed:
         if do != "sample":
             return self.inner.ask(do, **arguments)
         n = round(arguments["n"] * self.factor)
-        answer = self.inner.ask(do, n=n, warmup=arguments["warmup"])
+        answer = self.inner.ask(do, **{**arguments, "n": n})
         return {**answer, "seconds": answer["seconds"] * n / arguments["n"]}
 
     def wait_until_idle(self) -> None:

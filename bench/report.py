@@ -102,7 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     texts = {README: filled(_read(README)), KERNELS: filled(_read(KERNELS), KERNEL_TABLES), RESULTS: page()}
     if "--check" in arguments:
         stale = [path.name for path, text in texts.items() if _read(path) != text]
-        print(*(f"{name} is out of date: python -m bench.report" for name in stale), sep="\n", end="", file=sys.stderr)
+        for name in stale:
+            print(f"{name} is out of date: python -m bench.report", file=sys.stderr)
         return 1 if stale else 0
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -46,7 +46,11 @@ class Bench:
 
     def times_as_fast(self, other: Bench) -> float:
         """How many times as fast as another: the median of the rounds' ratios."""
-        return ratios(other.seconds, self.seconds)[1]
+        return self.ratios_to(other)[1]
+
+    def ratios_to(self, other: Bench) -> tuple[float, float, float]:
+        """How many times as fast as another: the quartiles of the rounds' ratios."""
+        return ratios(other.seconds, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,16 @@ class Result:
     def ours_in(self, row: Mapping[str, Bench]) -> str:
         """Who is ours in a piece of work: that backend, or what stands in another library's place."""
         return next((name for name in IN_PLACE if name in row), self.ours)
+
+    def ratios(self) -> dict[tuple[str, str], tuple[float, float, float]]:
+        """Quartiles of how many times as long as ours each other takes, by the piece of work and the contender."""
+        return {
+            (group, name): row[ours].ratios_to(bench)
+            for group, row in self.groups.items()
+            if (ours := self.ours_in(row)) in row
+            for name, bench in row.items()
+            if name != ours
+        }
 
 
 def fastest_peer(row: Mapping[str, Bench]) -> Bench | None:

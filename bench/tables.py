@@ -11,7 +11,7 @@ from bench.contenders import FLOOR, GPU_PEERS, PEERS, contender
 from bench.results import Bench, Result, fastest_peer
 from bench.tasks import OPERATIONS
 
-__all__ = ["everything", "final_accuracy", "heading", "seconds_to_target", "short", "table", "time_of"]
+__all__ = ["everything", "final_accuracy", "heading", "seconds_to_target", "short", "spread", "table", "time_of"]
 
 GPU_COLUMNS = ("cuda", "numba-cuda", "torch@cuda")
 
@@ -208,7 +208,15 @@ def everything(result: Result) -> str:
         if rows := dict(result.under(prefix)):
             parts.append(f"### {title}\n\n{beside('', result, rows)}")
     return "\n\n".join(
-        [*parts, *_accuracies(result), *_variants(result), *_roofline(result), *_ceilings(result), _contended(result)]
+        [
+            *parts,
+            *_accuracies(result),
+            *_variants(result),
+            *_roofline(result),
+            *_ceilings(result),
+            *_uncertain(result),
+            _contended(result),
+        ]
     )
 
 
@@ -297,6 +305,33 @@ def ceiling(result: Result) -> float:
     """Operations a second of the fastest contender's product of two matrices of 2048 × 2048; 0 where not measured."""
     row = result.groups.get("ceiling, product", {})
     return max((bench.case.product_flops / bench.median for bench in row.values()), default=0.0)
+
+
+WIDE = 0.1
+"""Quartiles that are further apart than this share of the median are told."""
+
+
+def _uncertain(result: Result) -> Iterator[str]:
+    """The ratios that differ much from round to round, the widest first."""
+    wide = {key: found for key, found in result.ratios().items() if _width(found) > WIDE}
+    rows = [
+        [group, contender(name).label, spread(wide[group, name]), str(len(result.groups[group][name].seconds))]
+        for group, name in sorted(wide, key=lambda key: -_width(wide[key]))
+    ]
+    if rows:
+        text = f"of {len(result.ratios())}, those whose quartiles are over {WIDE:.0%} of the median apart"
+        yield f"### Ratios that vary between rounds: {text}\n\n{table(['', '', 'median [quartiles]', 'rounds'], rows)}"
+
+
+def _width(found: tuple[float, float, float]) -> float:
+    low, middle, high = found
+    return (high - low) / middle
+
+
+def spread(found: tuple[float, float, float]) -> str:
+    """A ratio, and its quartiles."""
+    low, middle, high = found
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _contended(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench.arena import FIRST_STEPS
 from bench.fresh import IMPORTS
 
 
@@ -11,8 +12,8 @@ def test_import(contender, arena, rivals, replay):
     replay("import", lambda: arena.imported(rivals, rounds=5))
 
 
-@pytest.mark.parametrize(("cache", "rounds"), [("cold", 1), ("warm", 3)])
+@pytest.mark.parametrize("cache", FIRST_STEPS)
 @pytest.mark.parametrize("contender", ["cpu", "numpy", "torch", "torch-compile", "jax", "sklearn"])
-def test_first_step(cache, rounds, contender, arena, rivals, replay):
+def test_first_step(cache, contender, arena, rivals, replay):
     """From a bare interpreter to the end of the first pass over mini-batches."""
-    replay(f"first step, {cache}", lambda: arena.first_steps(rivals, rounds=rounds, cold=cache == "cold"))
+    replay(f"first step, {cache}", lambda: arena.first_steps(rivals, cache))

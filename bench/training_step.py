@@ -11,6 +11,7 @@ from bench.cases import NETWORKS, Case, random_cases
 from bench.comparison import Comparison, Row, compare, quartiles, ratios
 from bench.contenders import BACKENDS, FLOOR, PEERS, contender
 from bench.processes import all_threads, processes
+from bench.tables import spread
 
 __all__ = ["main", "table"]
 
@@ -74,7 +75,7 @@ def _line(name: str, row: Row, ours: Sequence[Row]) -> str:
         return f"  {label:42} {row.unsupported or 'void: ' + row.void.splitlines()[-1]}"
     low, middle, high = (1e6 * seconds for seconds in quartiles(row.seconds))
     cores = quartiles(row.cores)[1]
-    beside = "".join(f" {'{1:.2f} [{0:.2f}, {2:.2f}]'.format(*ratios(row.seconds, mine.seconds)):>22}" for mine in ours)
+    beside = "".join(f" {spread(ratios(row.seconds, mine.seconds)):>22}" for mine in ours)
     return f"  {label:42} {middle:9.1f} {f'{low:.1f} – {high:.1f}':>19} {cores:6.2f} {row.contended:9}{beside}"
 
 

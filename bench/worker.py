@@ -41,35 +41,40 @@ class Worker:
 
         After `search` seconds of building, no more variants are tried.
         """
+        self.end()
         task, subject = TASKS[what], Case.from_dict(case)
         steps = task.multiple(subject)
         built = _built(task.variants(self.contender, subject), steps, search)
         # All of them are compiled by now: no trial runs beside a compiler.
-        seconds = {name: _trial(work, steps) for name, (_, work) in built.items()}
+        trials = TRIALS if len(built) > 1 else 1
+        seconds = {name: _trial(work, steps, trials) for name, (_, work) in built.items()}
         variant = min(built, key=lambda name: seconds[name])
         first, self.work = built[variant]
+        del built
+        gc.collect()
+        gc.freeze()  # or each collection takes up to 0.14 s, PyTorch's objects being so many
         self.work.reset()
         self.work.run(steps)
         result = self.work.result()
         number = None if result is None else task.number(subject, result)
         return {"variant": variant, "variants": seconds, "first_seconds": first, "number": number}
 
-    def sample(self, n: int, warmup: int) -> dict[str, float]:
-        """Wall and processor seconds for n repeats from the initial state, after a warm-up."""
+    def sample(self, n: int, runs: int, warmup: int) -> dict[str, float]:
+        """Seconds of a repeat, and processors used, in the fastest of some runs of n repeats, after a warm-up.
+
+        Each begins at the initial state. Nothing comes between warm-up and runs that would let other threads rest.
+        """
         self.work.reset()
         self.work.run(warmup)
-        self.work.reset()
-        gc.collect()
         gc.disable()
-        cpu, wall = time.process_time(), time.perf_counter()
-        counted = self.work.run(n)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        fastest = min((_run(self.work, n) for _ in range(runs)), key=lambda run: run["seconds"])
         gc.enable()
-        return {"seconds": (wall if counted is None else counted) / n, "cores": cpu / wall}
+        return fastest
 
     def end(self) -> dict[str, Any]:
         """Let go of the work."""
         self.work = None
+        gc.unfreeze()
         gc.collect()
         return {}
 
@@ -79,6 +84,12 @@ class Worker:
         curve = list(self.contender.fit(fit, epochs, seed))
         cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
         return {"curve": [(seconds, accuracy(fit, parameters)) for seconds, parameters in curve], "cores": cores}
+
+    def prepare_estimate(self, job: str) -> dict[str, Any]:
+        """What comes once, before a job of `estimators` is timed: compiling, new processes."""
+        warm_up = JOBS[job].warm_up()
+        warm_up.do(self.contender.classifier(), warm_up)
+        return {}
 
     def estimate(self, job: str) -> dict[str, float]:
         """Seconds of one of the calls that a job of `estimators` makes, and the accuracy in the end."""
@@ -110,18 +121,20 @@ def _built(variants: Variants, steps: int, search: float) -> dict[str, tuple[flo
     return built
 
 
-def _trial(work: Work, steps: int) -> float:
-    """Seconds a step, the best of a few short runs."""
-    once = _run(work, steps)
+def _trial(work: Work, steps: int, trials: int) -> float:
+    """Seconds a step, the best of a few short runs, or of two long ones."""
+    once = _run(work, steps)["seconds"]
     n = max(1, round(TRIAL_SECONDS / once / steps)) * steps
-    return min(once, *(_run(work, n) for _ in range(TRIALS)))
+    return min(once, *(_run(work, n)["seconds"] for _ in range(trials if n > steps else 1)))
 
 
-def _run(work: Work, n: int) -> float:
+def _run(work: Work, n: int) -> dict[str, float]:
+    """Seconds of a repeat, and processors used, over n repeats from the initial state."""
     work.reset()
-    start = time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     counted = work.run(n)
-    return (time.perf_counter() - start if counted is None else counted) / n
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"seconds": (wall if counted is None else counted) / n, "cores": cpu / wall}
 
 
 def accuracy(fit: Fit, parameters: Parameters) -> float:

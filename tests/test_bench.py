@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import comparison, estimators, plots, report, results, tables
+from bench import agreement, comparison, estimators, plots, report, results, tables
 from bench.arena import Arena, Measured, void_where_scores_differ
 from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
-from bench.comparison import Row, compare, interleaved, quartiles, ratios
+from bench.comparison import Row, compare, interleaved, quartiles, ratios, settled
 from bench.contenders import BACKENDS, FLOOR, GPU_PEERS, PEERS, contender
 from bench.contenders.contract import Unsupported
 from bench.datasets import FITS, missing
@@ -186,6 +186,17 @@ def test_every_round_has_every_contender_once_in_changing_order():
     assert len({tuple(names) for names in rounds}) > 1
 
 
+def test_a_ratio_is_settled_when_its_quartiles_are_near_for_so_many_rounds():
+    ours = [1.0] * 16
+    spread = [2.0, 2.2] * 8  # quartiles 10 % apart: ± 2.3 % after 16 rounds, ± 4.6 % after 4
+    assert settled([ours, spread])
+    assert not settled([ours[:4], spread[:4]])
+    assert settled([ours[:4], [2.0, 2.1, 2.0, 2.1]])
+    assert not settled([ours[:3], [2.0] * 3])
+    assert not settled([ours, [2.0] * 16, [2.0, 3.0] * 8])
+    assert not settled([])
+
+
 class Scripted:
     """A process whose answers are given beforehand, on a machine where others use what they are told to."""
 
@@ -241,6 +252,16 @@ def test_a_different_answer_voids_the_row(monkeypatch, number):
     assert measured.rows["numpy"].seconds == []
 
 
+def test_rounds_end_when_the_ratios_are_settled(monkeypatch):
+    number = TASKS["training"].expected(SMALL)[0]
+    steady = [Scripted(monkeypatch, number=number) for _ in range(2)]
+    rows = compare(SMALL, dict(zip("ab", steady, strict=True)), rounds=9).rows
+    assert [len(row.seconds) for row in rows.values()] == [comparison.FEWEST_ROUNDS] * 2
+    monkeypatch.setattr(comparison, "SETTLED", -1.0)
+    rows = compare(SMALL, dict(zip("ab", steady, strict=True)), rounds=9).rows
+    assert [len(row.seconds) for row in rows.values()] == [9] * 2
+
+
 def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
     measured = compare(SMALL, {"numpy": Scripted(monkeypatch, number=number)}, rounds=2)
@@ -251,14 +272,15 @@ def test_an_answer_within_the_tolerance_is_timed(monkeypatch):
 def test_a_contender_that_fails_on_the_way_is_void_and_the_others_go_on(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
     good, bad = Scripted(monkeypatch, number=number), Scripted(monkeypatch, number=number, fails_at=2)
-    rows = compare(SMALL, {"good": good, "bad": bad}, rounds=5).rows
+    rows = compare(SMALL, {"good": good, "bad": bad}, rounds=4).rows
     assert "out of memory" in rows["bad"].void
     assert rows["bad"].seconds == []
-    assert len(rows["good"].seconds) == 5
+    assert len(rows["good"].seconds) == 4
 
 
 def test_nothing_is_taken_again_on_a_machine_that_is_busy_throughout(monkeypatch):
     number = TASKS["training"].expected(SMALL)[0]
+    monkeypatch.setattr(comparison, "FEWEST_ROUNDS", 20)
     process = Scripted(monkeypatch, number=number, others=[0.9] * 1000)
     row = compare(SMALL, {"numpy": process}, rounds=20).rows["numpy"]
     assert row.contended == 20
@@ -314,9 +336,9 @@ def test_a_process_that_ended_is_started_again():
         process.close()
 
 
-def test_new_processes_tell_their_seconds_and_memory():
+def test_new_processes_tell_their_seconds_and_memory(tmp_path):
     assert import_seconds("numpy") > 0
-    answer = first_step("numpy", 1, cold=True)
+    answer = first_step("numpy", 1, str(tmp_path))
     assert answer["seconds"] > 0
     assert 10 < answer["peak_mb"] < 10_000
 
@@ -433,6 +455,49 @@ def test_everything_is_in_the_long_tables(result):
         in text
     )
     assert "samples; during 0 of them something else was running" in text
+
+
+def _file(folder, name, **samples):
+    """A result file with one piece of work, whose contenders took such seconds."""
+    benchmarks = [_benchmark("a piece of work", who, seconds) for who, seconds in samples.items()]
+    content = {"machine_info": {}, "commit_info": {}, "datetime": "2030-01-02", "benchmarks": benchmarks}
+    path = folder / name
+    path.write_text(results.compact(content), encoding="utf-8")
+    return str(path)
+
+
+def test_ratios_of_two_files_that_are_apart_are_listed(tmp_path, capsys):
+    ours = [1.0, 1.0, 1.0]
+    a = _file(tmp_path, "a.json", cpu=ours, torch=[2.0, 2.0, 2.0], jax=[1.5, 1.5, 1.5], floor=[0.5, 0.5, 0.5])
+    b = _file(tmp_path, "b.json", cpu=ours, torch=[2.1, 2.3, 2.5], jax=[1.6, 1.6, 1.6], floor=[1.0, 1.0, 1.0])
+    assert agreement.main([a, b]) == 1
+    assert capsys.readouterr().out == (
+        "ratios over 1.1: 2; more than 10% apart: 1\n"
+        "|  |  | A | B | apart |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| a piece of work | PyTorch eager | 2.00 [2.00, 2.00] | 2.30 [2.20, 2.40] | 15% |\n"
+    )
+
+
+def test_two_files_that_agree_or_lack_a_contender(tmp_path, capsys):
+    a = _file(tmp_path, "a.json", cpu=[1.0], torch=[2.0], sklearn=[3.0])
+    b = _file(tmp_path, "b.json", cpu=[2.0], torch=[4.3])
+    assert agreement.main([a, b]) == agreement.main([b, a]) == 0
+    text = "ratios in one file only: 1\nratios over 1.1: 1; more than 10% apart: 0\n"
+    assert capsys.readouterr().out == 2 * text
+
+
+def test_ratios_that_vary_are_shown_with_their_quartiles():
+    row = {
+        "cpu": results.Bench("cpu", (1.0, 1.0, 1.0), {"contended": 0}),
+        "torch": results.Bench("torch", (2.0, 2.0, 3.0), {"contended": 0}),
+        "jax": results.Bench("jax", (3.0, 3.1, 3.1), {"contended": 0}),
+    }
+    machine = {"gpu": "", "cpu": "A", "threads": 2, "simd": "", "python": "3.12.0", "versions": {}}
+    text = tables.everything(results.Result(Path("a.json"), machine, "2030-01-02", {"a piece of work": row}))
+    assert "of 2, those whose quartiles are over 10% of the median apart" in text
+    assert "| a piece of work | PyTorch eager | 2.00 [2.00, 2.50] | 3 |" in text
+    assert "| a piece of work | JAX jit" not in text
 
 
 def test_operations_on_a_gpu_are_set_against_its_ceilings():
