@@ -95,7 +95,7 @@ def _predict(kind: type, job: Job) -> float:
 def _search(kind: type, job: Job) -> float:
     from sklearn.model_selection import GridSearchCV
 
-    grid = {"hidden_layer_sizes": [(50,), (100,)], "alpha": [1e-4, 1e-2, 1.0]}
+    grid = {"hidden_layer_sizes": [(50,), (100,)], "alpha": [1e-4, 1e-2, 1.0], "learning_rate_init": [1e-3, 1e-2]}
     X, y, X_test, y_test = _split(job.data)
     search = GridSearchCV(job.estimator(kind), grid, n_jobs=2, cv=3)
     return float(_fit_quietly(search, X, y).score(X_test, y_test))
