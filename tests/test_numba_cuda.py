@@ -455,77 +455,63 @@ def test_an_operation_runs_on_the_stream_that_its_arrays_name(on_gpu):
 # PTX, without a driver
 
 
-PTX_MISSING = "needs the numba-cuda13 or numba-cuda12 extra of this package: Numba-CUDA, libNVVM and NVRTC"
+def test_every_kernel_compiles_to_ptx(tmp_path):
+    """One test, as processes share nothing: the program that it starts has as many as the machine has cores.
 
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
-    """Facts about the PTX of every kernel, by architecture; a process for each dtype.
-
-    Each kernel is compiled for one architecture, all of them taking turns; with PTX_FOR=all in the environment, for
-    every one.
+    With PTX_FOR=all in the environment, every kernel for every architecture; see the program.
     """
-    program, folder = Path(__file__).with_name("numba_cuda_ptx.py"), tmp_path_factory.mktemp("ptx")
+    program, output = Path(__file__).with_name("numba_cuda_ptx.py"), tmp_path / "facts.json"
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(program.parents[1])}
     probe = "from numba.cuda.cudadrv import nvrtc, nvvm; assert nvvm.is_available() and nvrtc.get_supported_ccs()"
     if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode != 0:
-        pytest.skip(PTX_MISSING)
+        pytest.skip("needs the numba-cuda13 or numba-cuda12 extra of this package: Numba-CUDA, libNVVM and NVRTC")
     everything = ["--all"] if os.environ.get("PTX_FOR") == "all" else []
-    started = [
-        subprocess.Popen([sys.executable, str(program), dtype, str(folder / dtype), *everything], env=environment)
-        for dtype in RTOL
-    ]
-    assert [process.wait() for process in started] == [0] * len(started)
-    return {name: facts for dtype in RTOL for name, facts in json.loads((folder / dtype).read_text()).items()}
+    subprocess.run([sys.executable, str(program), str(output), *everything], env=environment, check=True)
+    facts = json.loads(output.read_text())
+    for dtype in RTOL:
+        assert_every_activation_is_in_every_product(facts, dtype)
+    assert_every_architecture_is_served(facts, everything)
+    for name, by_architecture in facts.items():
+        for architecture, seen in by_architecture.items():
+            assert_as_it_should_be(name, seen, f"{name}, {architecture}")
 
 
-def test_every_kernel_compiles(ptx):
-    """Each for one architecture at least."""
-    assert len(ptx) > 900
-    for name, by_architecture in ptx.items():
-        assert by_architecture, name
-        for architecture, facts in by_architecture.items():
-            assert (facts["target"], facts["entries"]) == (architecture, 1), name
-
-
-@pytest.mark.parametrize("operation", ["dense_forward", "dense_backward", "output_delta", "output_forward"])
-def test_every_operation_compiles_for_every_architecture(ptx, operation):
-    """In turn, see `ptx`."""
-    met = set().union(*(by_architecture for name, by_architecture in ptx.items() if name.startswith(operation)))
-    assert met >= {"75", "80", "86", "89", "90"}
-
-
-@pytest.mark.parametrize("dtype", RTOL)
-def test_every_activation_compiles_in_every_product_for_every_architecture(ptx, dtype):
+def assert_every_activation_is_in_every_product(names, dtype):
     """In every tile, with dropout and without; in the output layer, under every loss that takes it."""
-    tiles = {name.split(", ")[1] for name in ptx if name.startswith("dense_gradients") and name.endswith(dtype)}
+    tiles = {name.split(", ")[1] for name in names if name.startswith("dense_gradients") and name.endswith(dtype)}
     assert len(tiles) >= 4
     for activation in bp.ACTIVATIONS.values():
-        met = set()
         for tile, dropout in itertools.product(tiles, ("", ", dropout")):
             for z in (", z",) if activation.derivative_from == "z" else ("", ", z"):
-                met.update(ptx[f"dense_forward, {tile}, {activation.name}{dropout}{z}, {dtype}"])
-            met.update(ptx[f"dense_backward, {tile}, {activation.name}{dropout}, {dtype}"])
-        assert met >= {"75", "80", "86", "89", "90"}, activation.name
+                assert f"dense_forward, {tile}, {activation.name}{dropout}{z}, {dtype}" in names
+            assert f"dense_backward, {tile}, {activation.name}{dropout}, {dtype}" in names
         for loss, lanes in itertools.product(("squared_error", "absolute_error", "huber"), (1, 32, 128)):
-            assert f"output_delta, {loss}, {activation.name}, rows, {lanes}, {dtype}" in ptx
+            assert f"output_delta, {loss}, {activation.name}, rows, {lanes}, {dtype}" in names
 
 
-def test_shared_memory_fits_and_nothing_is_summed_by_atomics(ptx):
-    for name, by_architecture in ptx.items():
-        for facts in by_architecture.values():
-            assert facts["shared"] <= 48 << 10, name
-            assert facts["atomics"] == 0, name
+def assert_every_architecture_is_served(facts, everything):
+    """Every kernel for the oldest and the newest; each word of an operation (tile, activation, …) for all."""
+    known = set().union(*facts.values())
+    assert known >= {"75", "80", "86", "89", "90"}
+    first, last = sorted(known, key=int)[:: len(known) - 1]
+    words = {}
+    for name, by_architecture in facts.items():
+        assert set(by_architecture) == known if everything else set(by_architecture) >= {first, last}, name
+        operation, *rest = name.split(", ")
+        for word in rest:
+            words.setdefault((operation, word), set()).update(by_architecture)
+    for word, met in words.items():
+        assert met == known, word
 
 
-def test_products_stay_in_registers_and_nothing_is_called(ptx):
+def assert_as_it_should_be(kernel, seen, name):
     """After the sum, a long epilogue may lay C out in local memory, once; sine calls, for a large angle's remainder."""
-    for name, by_architecture in ptx.items():
-        for facts in by_architecture.values():
-            assert "sine" in name or not facts["calls"], name
-            if name.startswith("dense"):
-                assert facts["panels"] == 1, name
-                assert facts["local_while_multiplying"] == 0, name
+    assert seen["shared"] <= 48 << 10, name
+    assert seen["atomics"] == 0, name
+    assert "sine" in kernel or not seen["calls"], name
+    if kernel.startswith("dense"):
+        assert seen["panels"] == 1, name
+        assert seen["local_while_multiplying"] == 0, name
 
 
 # Where it does not work
