@@ -174,6 +174,11 @@ def ptx_of(libraries, cc):
     return target, {re.match(r"\.visible \.entry (\w+)", code)[1]: facts(code, sizes) for code in entries}
 
 
+def batched(names, n):
+    """Lists of n names, the last one of what is left."""
+    return [names[i : i + n] for i in range(0, len(names), n)]
+
+
 def facts(code, sizes):
     """What the test looks at; `sizes` of shared memory by name."""
     loops = loops_that_multiply(code)
@@ -224,11 +229,11 @@ def compile_group(number, everything):
         libraries[f"{what}, {dtype}"] = compiled(*note)
     result = {name: {} for name in libraries}
     for cc in KNOWN:
-        names = [n for n in libraries if everything or cc in (KNOWN[0], KNOWN[-1]) or n in covering()]
-        if names:
-            target, found = ptx_of([libraries[name] for name in names], cc)
-            assert len(found) == len(names)
-            for name in names:
+        names = [name for name in libraries if everything or cc in (KNOWN[0], KNOWN[-1]) or name in covering()]
+        for some in batched(names, 16):
+            target, found = ptx_of([libraries[name] for name in some], cc)
+            assert len(found) == len(some)
+            for name in some:
                 result[name][target] = found[libraries[name]._entry_name]
     return result
 

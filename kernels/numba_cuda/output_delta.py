@@ -89,11 +89,11 @@ OF_Z: dict[str, Function] = {"binary_cross_entropy": binary_cross_entropy, "pois
 OF_ERROR: dict[str, Function] = {"squared_error": squared_error, "absolute_error": absolute_error, "huber": huber}
 
 
-def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> Function:
-    """(z, target, row, lane, thread, share, setting, delta) → the lane's part of c; writes δ = share · ∂c/∂z."""
-    low = lowest(real)
+@cache
+def output_of(real: Any, loss: str, output_activation: str) -> Function:
+    """(z, y, setting) → c and ∂c/∂z of one output: the same function for all lanes, which Numba compiles once."""
     if loss in OF_Z:
-        of_z = OF_Z[loss]
+        of_z, low = OF_Z[loss], lowest(real)
 
         @device
         def output(z: Any, y: Any, setting: Any) -> Any:
@@ -107,6 +107,13 @@ def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> F
             a = sigma(z)
             c, dc_da = of_error(a - y, setting)
             return c, dc_da * derivative(a if from_a else z)
+
+    return output
+
+
+def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> Function:
+    """(z, target, row, lane, thread, share, setting, delta) → the lane's part of c; writes δ = share · ∂c/∂z."""
+    output = output_of(real, loss, output_activation)
 
     @device
     def row_of(z: Any, target: Any, row: Any, lane: Any, thread: Any, share: Any, setting: Any, delta: Any) -> Any:
