@@ -490,7 +490,7 @@ def assert_every_activation_is_in_every_product(names, dtype):
 
 
 def assert_every_architecture_is_served(facts, everything):
-    """Each word of an operation (activation, loss, dtype, …); every kernel by the oldest, every tile by the newest."""
+    """Each word of an operation (activation, loss, dtype, …); every kernel by the oldest; every size by the newest."""
     known = set().union(*facts.values())
     assert known >= {"75", "80", "86", "89", "90"}
     first, last = sorted(known, key=int)[:: len(known) - 1]
@@ -501,8 +501,8 @@ def assert_every_architecture_is_served(facts, everything):
         for word in rest:
             words.setdefault((operation, word), set()).update(by_architecture)
     for (operation, word), met in words.items():
-        is_tile = re.fullmatch(r"\d+x\d+", word)
-        assert met >= {first, last} if is_tile else met == known, (operation, word)
+        is_size = re.fullmatch(r"\d+(x\d+)?", word)
+        assert met >= {first, last} if is_size else met == known, (operation, word)
 
 
 def assert_as_it_should_be(kernel, seen, name):
