@@ -1,11 +1,14 @@
 """The numba-cuda backend: whole steps and every tile in Numba's simulator or on a GPU; PTX; errors without one."""
 
 import ctypes
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +304,111 @@ def test_every_tile_has_threads_for_whole_panels():
         assert 2 * tile.depth * (tile.rows + tile.columns + 2) * 8 <= 48 << 10
 
 
+@runs
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("k", [509, 512])
+def test_products_of_512_terms_keep_their_digits(k, dtype):
+    rng = np.random.default_rng(0)
+    ops, reference = bp.get_backend("numba-cuda"), bp.get_backend("numpy")
+    A, B, b = (rng.standard_normal(shape).astype(dtype) for shape in ((5, k), (k, 7), 7))
+    calls = {
+        "nn": lambda ops, put: ops.dense_forward(put(A), put(B), put(b), "identity")[:1],
+        "nt": lambda ops, put: [ops.dense_backward(put(A), put(B.T), put(np.ones((5, 7))), "identity")],
+        "tn": lambda ops, put: ops.dense_gradients(put(A.T), put(B)),
+    }
+    for layout, call in calls.items():
+        actual = call(ops, lambda x: ops.asarray(np.ascontiguousarray(x), dtype))
+        expected = call(reference, lambda x: np.ascontiguousarray(x, np.float64))
+        for x, exact in zip(actual, expected, strict=True):
+            error = np.abs(ops.to_numpy(x) - exact).max() / np.abs(exact).max()
+            assert error <= (1e-6 if dtype == "float32" else 1e-12), layout
+
+
+# Barriers: the simulator looks for no races, but they can be seen there
+
+
+class Watched:
+    """Shared memory that raises where two threads come to one entry between two barriers, and one of them writes."""
+
+    def __init__(self, shape, dtype):
+        self.values, self.readers, self.writers, self.written = np.empty(shape, dtype), {}, {}, set()
+
+    def __getitem__(self, index):
+        assert index in self.written, f"read before it is written: {index}"
+        self._note(self.readers, index)
+        return self.values[index]
+
+    def __setitem__(self, index, value):
+        self._note(self.writers, index)
+        self.written.add(index)
+        self.values[index] = value
+
+    def _note(self, group, index):
+        thread = threading.current_thread()
+        here = index, thread.barriers
+        group.setdefault(here, set()).add(thread.thread_id)
+        writers = self.writers.get(here, set())
+        assert not writers or len(writers | self.readers.get(here, set())) == 1, f"race at {index}"
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(missing): shared memory is watched; a thread's barrier `missing`, from 0, counts as if it were not."""
+    if not STATUS.works or STATUS.automatic:
+        pytest.skip("needs Numba's simulator")
+    device = import_module("backprop_gpu.kernels.numba_cuda.device")
+    thread = import_module("numba.cuda.simulator.kernel").BlockThread
+    wait = thread.syncthreads
+
+    def watch(missing=None):
+        def syncthreads(self):
+            wait(self)
+            self.passed += 1
+            self.barriers += self.passed - 1 != missing
+
+        monkeypatch.setattr(thread, "passed", 0, raising=False)
+        monkeypatch.setattr(thread, "barriers", 0, raising=False)
+        monkeypatch.setattr(thread, "syncthreads", syncthreads)
+        monkeypatch.setattr(device.Shared, "new", Watched)
+
+    return watch
+
+
+def test_no_thread_is_ahead_of_a_barrier(watch):
+    """Every kernel with shared memory: products of several panels, rows of several lanes, sums of blocks."""
+    watch()
+    X, y = draw(20, [19, 9, 11])
+    net = network("numba-cuda", [19, 9, 11], dropout=0.1, alpha=1e-2)
+    net.fit(X, y, epochs=1, batch_size=20, optimizer=bp.Adam(clip_norm=0.1), sample_weight=np.arange(20.0))
+    assert np.isfinite(net.predict_proba(X)).all()
+    ops = net.ops
+    z = ops.asarray(np.random.default_rng(0).standard_normal((2, 1025)))  # a whole block to a row
+    loss, _ = ops.output_delta(z, ops.asarray(np.array([3, 1024], np.int32)), "cross_entropy")
+    assert math.isfinite(float(loss))
+
+
+def product_of_three_panels(ops):
+    ops.dense_forward(*(ops.asarray(np.ones(shape)) for shape in ((3, 24), (24, 3), 3)), "identity")
+
+
+def loss_of_rows_of_many_lanes(ops):
+    z = np.random.default_rng(0).standard_normal((2, 9))
+    ops.output_delta(ops.asarray(z), ops.asarray(np.array([3, 8], np.int32)), "cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("operation", "missing"),
+    [(product_of_three_panels, number) for number in range(3)] + [(loss_of_rows_of_many_lanes, n) for n in range(12)],
+)
+def test_no_barrier_could_be_spared(watch, operation, missing):
+    """The loss has three in each of a maximum and two sums over lanes, and three and a last in that over a block."""
+    ops = bp.get_backend("numba-cuda")
+    operation(ops)
+    watch(missing)
+    with pytest.raises(AssertionError, match="race at"):
+        operation(ops)
+
+
 # On a GPU: others' arrays, and streams
 
 
@@ -347,50 +455,64 @@ def test_an_operation_runs_on_the_stream_that_its_arrays_name(on_gpu):
 # PTX, without a driver
 
 
-PTX_MISSING = "needs the numba-cuda13 or numba-cuda12 extra of this package: Numba-CUDA, libNVVM and NVRTC"
+def test_every_kernel_compiles_to_ptx(tmp_path):
+    """One test, as processes share nothing: the program that it starts has as many as the machine has cores.
 
-
-@pytest.fixture(scope="module")
-def ptx():
-    """Facts about the PTX of every kernel, by architecture; both groups of them are compiled at once."""
-    program = Path(__file__).with_name("numba_cuda_ptx.py")
+    With PTX_FOR=all in the environment, every kernel for every architecture; see the program.
+    """
+    program, output = Path(__file__).with_name("numba_cuda_ptx.py"), tmp_path / "facts.json"
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(program.parents[1])}
     probe = "from numba.cuda.cudadrv import nvrtc, nvvm; assert nvvm.is_available() and nvrtc.get_supported_ccs()"
     if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode != 0:
-        pytest.skip(PTX_MISSING)
-    started = [
-        subprocess.Popen([sys.executable, str(program), group], env=environment, stdout=subprocess.PIPE, text=True)
-        for group in ("products", "others")
-    ]
-    found = {}
-    for process in started:
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        found.update(json.loads(out))
-    return found
+        pytest.skip("needs the numba-cuda13 or numba-cuda12 extra of this package: Numba-CUDA, libNVVM and NVRTC")
+    everything = ["--all"] if os.environ.get("PTX_FOR") == "all" else []
+    subprocess.run([sys.executable, str(program), str(output), *everything], env=environment, check=True)
+    facts = json.loads(output.read_text())
+    for dtype in RTOL:
+        assert_every_activation_is_in_every_product(facts, dtype)
+    assert_every_architecture_is_served(facts, everything)
+    for name, by_architecture in facts.items():
+        for architecture, seen in by_architecture.items():
+            assert_as_it_should_be(name, seen, f"{name}, {architecture}")
 
 
-def test_every_kernel_compiles_for_every_architecture(ptx):
-    assert len(ptx) > 100
-    for name, by_architecture in ptx.items():
-        assert by_architecture.keys() >= {"75", "80", "86", "89", "90"}, name
-        for architecture, facts in by_architecture.items():
-            assert (facts["target"], facts["entries"]) == (architecture, 1), name
+def assert_every_activation_is_in_every_product(names, dtype):
+    """In every tile, with dropout and without; in the output layer, under every loss that takes it."""
+    tiles = {name.split(", ")[1] for name in names if name.startswith("dense_gradients") and name.endswith(dtype)}
+    assert len(tiles) >= 4
+    for activation in bp.ACTIVATIONS.values():
+        for tile, dropout in itertools.product(tiles, ("", ", dropout")):
+            for z in (", z",) if activation.derivative_from == "z" else ("", ", z"):
+                assert f"dense_forward, {tile}, {activation.name}{dropout}{z}, {dtype}" in names
+            assert f"dense_backward, {tile}, {activation.name}{dropout}, {dtype}" in names
+        for loss, lanes in itertools.product(("squared_error", "absolute_error", "huber"), (1, 32, 128)):
+            assert f"output_delta, {loss}, {activation.name}, rows, {lanes}, {dtype}" in names
 
 
-def test_shared_memory_fits_and_nothing_is_summed_by_atomics(ptx):
-    for name, by_architecture in ptx.items():
-        for facts in by_architecture.values():
-            assert facts["shared"] <= 48 << 10, name
-            assert facts["atomics"] == 0, name
+def assert_every_architecture_is_served(facts, everything):
+    """Each word of an operation (activation, loss, dtype, …); every kernel by the oldest; every size by the newest."""
+    known = set().union(*facts.values())
+    assert known >= {"75", "80", "86", "89", "90"}
+    first, last = sorted(known, key=int)[:: len(known) - 1]
+    words = {}
+    for name, by_architecture in facts.items():
+        assert set(by_architecture) == known if everything else first in by_architecture, name
+        operation, *rest = name.split(", ")
+        for word in rest:
+            words.setdefault((operation, word), set()).update(by_architecture)
+    for (operation, word), met in words.items():
+        is_size = re.fullmatch(r"\d+(x\d+)?", word)
+        assert met >= {first, last} if is_size else met == known, (operation, word)
 
 
-def test_products_stay_in_registers_and_nothing_is_called(ptx):
-    """A long epilogue may lay C out in local memory, once; sine calls, for the remainder of a large angle."""
-    for name, by_architecture in ptx.items():
-        for facts in by_architecture.values():
-            assert "sine" in name or not facts["calls"], name
-            assert "x" not in name.split(", ")[1] or not facts["local"], name
+def assert_as_it_should_be(kernel, seen, name):
+    """After the sum, a long epilogue may lay C out in local memory, once; sine calls, for a large angle's remainder."""
+    assert seen["shared"] <= 48 << 10, name
+    assert seen["atomics"] == 0, name
+    assert "sine" in kernel or not seen["calls"], name
+    if kernel.startswith("dense"):
+        assert seen["panels"] == 1, name
+        assert seen["local_while_multiplying"] == 0, name
 
 
 # Where it does not work
@@ -440,6 +562,53 @@ def test_what_numba_finds_wrong(not_simulated, monkeypatch, starts, compiles, ca
     monkeypatch.setattr(cuda, "get_current_device", lambda: gpu, raising=False)
     reason = numba_cuda.probe()
     assert reason is None if expected is None else expected in reason
+
+
+@pytest.fixture
+def asked_anew(not_simulated, monkeypatch):
+    """What works is found out once, and again in a test that changes it, and after that."""
+    selection._status.cache_clear()
+    yield
+    monkeypatch.undo()
+    selection._status.cache_clear()
+
+
+def no_numba_cuda(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: None)
+
+
+def no_numba(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "probe", lambda: import_module("numba.no_such_module"))
+
+
+def no_driver(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(numba_cuda, "_no_driver", lambda: "no NVIDIA driver: libcuda.so.1 is not found; backend='cpu'")
+
+
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(numba_cuda, "find_spec", lambda name: True)
+    monkeypatch.setattr(numba_cuda, "_no_driver", lambda: None)
+    monkeypatch.setattr(numba_cuda, "_unusable", lambda: "compute capability 7.0, below 7.5; backend='cpu'")
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (no_numba, "no_such_module.*; pip install 'numba-cuda"),
+        (no_numba_cuda, "Numba-CUDA is not installed; pip install 'numba-cuda"),
+        (no_driver, "no NVIDIA driver.*backend='cpu'"),
+        (old_gpu, "compute capability 7.0, below 7.5.*backend='cpu'"),
+    ],
+)
+def test_auto_moves_on_and_says_why(asked_anew, monkeypatch, cause, reason):
+    cause(monkeypatch)
+    with pytest.raises(RuntimeError, match=f"backend 'numba-cuda' cannot work here: .*{reason}.*; backend='auto'"):
+        bp.get_backend("numba-cuda")
+    net = bp.MLP([2, 2])
+    assert net.backend != "numba-cuda"
+    if "first that works" in net.backend_reason and net.backend != "cuda":
+        assert re.search(f"numba-cuda: .*{reason}", net.backend_reason)
 
 
 @runs

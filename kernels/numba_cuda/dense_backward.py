@@ -7,23 +7,19 @@ from typing import Any
 
 from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.kernels.numba_cuda.activations import DERIVATIVE
-from backprop_gpu.kernels.numba_cuda.device import device, kernel
+from backprop_gpu.kernels.numba_cuda.device import Function, device, kernel
 from backprop_gpu.kernels.numba_cuda.dropout import is_kept
 from backprop_gpu.kernels.numba_cuda.gemm import Tile, gemm
 
 __all__ = ["dense_backward"]
 
 
-# The kernel; its launch shape is `gemm.shape(tile, N, n_out)`
+# Device functions
 
 
 @cache
-def dense_backward(real: Any, tile: Tile, activation: str, dropout: bool) -> Any:
-    """The kernel for one σ′; with `dropout` it takes the four numbers of a `Dropout`.
-
-    delta_next : (N, n_next); W_next : (n_out, n_next); kept : (N, n_out), a or z as `derivative_from` says; delta :
-    (N, n_out), overwritten.
-    """
+def epilogue_of(real: Any, activation: str, dropout: bool) -> Function:
+    """What is done with an entry of the product: the same function for every tile, which Numba compiles once."""
     derivative, from_a = DERIVATIVE[activation], ACTIVATIONS[activation].derivative_from == "a"
 
     @device
@@ -40,7 +36,20 @@ def dense_backward(real: Any, tile: Tile, activation: str, dropout: bool) -> Any
         # Where a was left out, σ′ of the 0 in its place counts too: what is NaN stays NaN, as in the reference.
         delta[row, column] = (dA * real(1.0 / (1.0 - rate)) if is_in else real(0)) * slope
 
-    product = gemm(real, "nt", tile, epilogue_with_dropout if dropout else epilogue)
+    return epilogue_with_dropout if dropout else epilogue
+
+
+# The kernel; its launch shape is `gemm.shape(tile, N, n_out)`
+
+
+@cache
+def dense_backward(real: Any, tile: Tile, activation: str, dropout: bool) -> Any:
+    """The kernel for one σ′; with `dropout` it takes the four numbers of a `Dropout`.
+
+    delta_next : (N, n_next); W_next : (n_out, n_next); kept : (N, n_out), a or z as `derivative_from` says; delta :
+    (N, n_out), overwritten.
+    """
+    product = gemm(real, "nt", tile, epilogue_of(real, activation, dropout))
 
     if dropout:
 

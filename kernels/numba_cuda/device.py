@@ -63,6 +63,7 @@ if SIMULATED:
         """
 
         lock = threading.Lock()
+        new = staticmethod(np.empty)
 
         def array(self, shape: Any, dtype: Any) -> Any:
             """The array of this line and dtype, the same for all threads of a block."""
@@ -70,7 +71,7 @@ if SIMULATED:
             place = caller.f_code.co_filename, caller.f_lineno, dtype
             with self.lock:
                 if place not in self._allocations:
-                    self._allocations[place] = np.empty(shape, dtype)
+                    self._allocations[place] = self.new(shape, dtype)
                 return self._allocations[place]
 
     kernelapi.FakeCUDAShared = Shared

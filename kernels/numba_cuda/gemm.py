@@ -8,6 +8,7 @@ multiplied, the next one is on its way from memory into registers.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,25 +105,12 @@ def nothing(column: Any, value: Any, operands: Any) -> None:
     """No use for the column sums."""
 
 
-def gemm(
-    real: Any,
-    layout: str,
-    tile: Tile,
-    epilogue: Function,
-    column_epilogue: Function | None = None,
-) -> Function:
-    """(A, B, first, stop, n_rows, n_columns, operands): a device function for all threads of a block.
+@cache
+def panels(real: Any, layout: str, tile: Tile, with_sums: bool) -> Function:
+    """(A, B, first, stop, c, sums): a device function for all threads of a block, the walk along the sum.
 
-    Parameters
-    ----------
-    real : NumPy's scalar type, which the product accumulates in
-    layout : "nn" for C = A B, "nt" for C = A Bᵀ, "tn" for C = Aᵀ B
-    epilogue : (row, column, C[row, column], operands), called once for each entry of C
-    column_epilogue : (column, Σ, operands) with Σ the float64 sum over first … stop − 1 of B's column, once for each
-        column of C; needs a layout with B "n"
-
-    The product: A and B as the layout says; first, stop : the part of the sum that is taken; (n_rows, n_columns) : the
-    shape of C; operands : what the epilogues read and write.
+    c ← the thread's part of the tile of C; sums ← its part of the sums of B's columns, in the first row of blocks and
+    `with_sums`. Products that differ in their epilogues alone share it, and Numba compiles it once for them.
     """
     rows, columns, depth, threads = tile.rows, tile.columns, tile.depth, tile.threads
     threads_y, threads_x = tile.threads_y, tile.threads_x
@@ -130,8 +118,7 @@ def gemm(
     fetch_a, place_a, a_width = panel(real, rows, tile, depth_first=layout[0] == "t")
     fetch_b, place_b, b_width = panel(real, columns, tile, depth_first=layout[1] == "n")
     n_a, n_b, n_sums = rows * depth // threads, columns * depth // threads, ceil_div(columns, threads)
-    zero, with_sums, use_sum = real(0), column_epilogue is not None, column_epilogue or nothing
-    float64 = np.float64
+    zero, float64 = real(0), np.float64
 
     @device
     def multiply(a: Any, b: Any, buffer: Any, y: Any, x: Any, c: Any) -> None:
@@ -153,13 +140,11 @@ def gemm(
                 sums[i] += float64(short)
 
     @device
-    def product(A: Any, B: Any, first: Any, stop: Any, n_rows: Any, n_columns: Any, operands: Any) -> None:
+    def walk(A: Any, B: Any, first: Any, stop: Any, c: Any, sums: Any) -> None:
         a = cuda.shared.array((2, depth, a_width), real)
         b = cuda.shared.array((2, depth, b_width), real)
         a_next = cuda.local.array(n_a, real)
         b_next = cuda.local.array(n_b, real)
-        c = cuda.local.array((per_thread_y, per_thread_x), real)
-        sums = cuda.local.array(n_sums, float64)
         thread = cuda.threadIdx.x
         y, x = thread // threads_x, thread % threads_x
         first_row, first_column = cuda.blockIdx.x * rows, cuda.blockIdx.y * columns
@@ -168,16 +153,17 @@ def gemm(
                 c[i, j] = zero
         for i in range(n_sums):
             sums[i] = 0.0
-        buffer = 0
-        fetch_a(A, first_row, first, stop, thread, a_next)
-        fetch_b(B, first_column, first, stop, thread, b_next)
-        for k in range(first, stop, depth):
+        # A constant has a type of its own, for which Numba would compile what takes it once more; int(…) has not.
+        start, buffer = int(first), int(False)
+        fetch_a(A, first_row, start, stop, thread, a_next)
+        fetch_b(B, first_column, start, stop, thread, b_next)
+        for k in range(start, stop, depth):
             place_a(a, buffer, thread, a_next)
             place_b(b, buffer, thread, b_next)
             # The panel is complete: `multiply` and `add_columns` read what other threads have placed. One barrier for
             # each panel is enough. The next `place` writes the other buffer, which was last read before this barrier;
             # and this buffer is written again only after the next barrier, which no thread passes before all have
-            # read it.
+            # read it. All threads of a block come here equally often, since `start` and `stop` are the block's.
             cuda.syncthreads()
             fetch_a(A, first_row, k + depth, stop, thread, a_next)
             fetch_b(B, first_column, k + depth, stop, thread, b_next)
@@ -185,6 +171,44 @@ def gemm(
             if with_sums and first_row == 0:
                 add_columns(b, buffer, thread, sums)
             buffer = 1 - buffer
+
+    return walk
+
+
+def gemm(
+    real: Any,
+    layout: str,
+    tile: Tile,
+    epilogue: Function,
+    column_epilogue: Function | None = None,
+) -> Function:
+    """(A, B, first, stop, n_rows, n_columns, operands): a device function for all threads of a block.
+
+    Parameters
+    ----------
+    real : NumPy's scalar type, which the product accumulates in
+    layout : "nn" for C = A B, "nt" for C = A Bᵀ, "tn" for C = Aᵀ B
+    epilogue : (row, column, C[row, column], operands), called once for each entry of C
+    column_epilogue : (column, Σ, operands) with Σ the float64 sum over first … stop − 1 of B's column, once for each
+        column of C; needs a layout with B "n"
+
+    The product: A and B as the layout says; first, stop : the part of the sum that is taken; (n_rows, n_columns) : the
+    shape of C; operands : what the epilogues read and write.
+    """
+    rows, columns, threads = tile.rows, tile.columns, tile.threads
+    threads_y, threads_x = tile.threads_y, tile.threads_x
+    per_thread_y, per_thread_x, n_sums = tile.rows_per_thread, tile.columns_per_thread, ceil_div(columns, threads)
+    with_sums, use_sum, float64 = column_epilogue is not None, column_epilogue or nothing, np.float64
+    walk = panels(real, layout, tile, with_sums)
+
+    @device
+    def product(A: Any, B: Any, first: Any, stop: Any, n_rows: Any, n_columns: Any, operands: Any) -> None:
+        c = cuda.local.array((per_thread_y, per_thread_x), real)
+        sums = cuda.local.array(n_sums, float64)
+        thread = cuda.threadIdx.x
+        y, x = thread // threads_x, thread % threads_x
+        first_row, first_column = cuda.blockIdx.x * rows, cuda.blockIdx.y * columns
+        walk(A, B, first, stop, c, sums)
         for i in range(per_thread_y):
             for j in range(per_thread_x):
                 row, column = first_row + y + i * threads_y, first_column + x + j * threads_x

@@ -89,11 +89,11 @@ OF_Z: dict[str, Function] = {"binary_cross_entropy": binary_cross_entropy, "pois
 OF_ERROR: dict[str, Function] = {"squared_error": squared_error, "absolute_error": absolute_error, "huber": huber}
 
 
-def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> Function:
-    """(z, target, row, lane, thread, share, setting, delta) → the lane's part of c; writes δ = share · ∂c/∂z."""
-    low = lowest(real)
+@cache
+def output_of(real: Any, loss: str, output_activation: str) -> Function:
+    """(z, y, setting) → c and ∂c/∂z of one output: the same function for all lanes, which Numba compiles once."""
     if loss in OF_Z:
-        of_z = OF_Z[loss]
+        of_z, low = OF_Z[loss], lowest(real)
 
         @device
         def output(z: Any, y: Any, setting: Any) -> Any:
@@ -107,6 +107,13 @@ def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> F
             a = sigma(z)
             c, dc_da = of_error(a - y, setting)
             return c, dc_da * derivative(a if from_a else z)
+
+    return output
+
+
+def elementwise(real: Any, loss: str, output_activation: str, n_lanes: int) -> Function:
+    """(z, target, row, lane, thread, share, setting, delta) → the lane's part of c; writes δ = share · ∂c/∂z."""
+    output = output_of(real, loss, output_activation)
 
     @device
     def row_of(z: Any, target: Any, row: Any, lane: Any, thread: Any, share: Any, setting: Any, delta: Any) -> Any:
@@ -149,6 +156,15 @@ def cross_entropy(real: Any, labels: bool, n_lanes: int) -> Function:
     return row_of
 
 
+@cache
+def cost_of_row(real: Any, n_lanes: int) -> Function:
+    """(c, thread) → the sum of a row's parts of c: for all threads of a block, also those beyond the last row."""
+    return block_reduce(real, THREADS, n_lanes, plus)
+
+
+cost_of_block = block_reduce(np.float64, THREADS, THREADS, plus)
+
+
 # The kernel
 
 
@@ -167,9 +183,7 @@ def output_delta(real: Any, loss: str, output_activation: str, labels: bool, n_l
         if loss == "cross_entropy"
         else elementwise(real, loss, output_activation, n_lanes)
     )
-    cost_of_row = block_reduce(real, THREADS, n_lanes, plus)
-    cost_of_block = block_reduce(np.float64, THREADS, THREADS, plus)
-    float64 = np.float64
+    sum_of_row, float64 = cost_of_row(real, n_lanes), np.float64
 
     @kernel
     def output_delta(
@@ -178,7 +192,7 @@ def output_delta(real: Any, loss: str, output_activation: str, labels: bool, n_l
         thread = cuda.threadIdx.x
         row, lane = cuda.blockIdx.x * rows + thread // n_lanes, thread % n_lanes
         part = share[first + row] if row < z.shape[0] else 0.0
-        cost = cost_of_row(row_of(z, target, row, lane, thread, part, real(setting), delta), thread)
+        cost = sum_of_row(row_of(z, target, row, lane, thread, part, real(setting), delta), thread)
         cost = cost_of_block(part * float64(cost) if lane == 0 and part != 0.0 else 0.0, thread)
         if thread == 0:
             costs[step, cuda.blockIdx.x] = cost

@@ -62,7 +62,8 @@ def greater(x: Any, y: Any) -> Any:
 def block_reduce(real: Any, threads: int, group: int, combine: Function) -> Function:
     """(value, thread) → the values of a group of neighbouring threads combined: for all threads of a block, together.
 
-    `threads` in a block, `group` of them combined, both powers of two.
+    `threads` in a block, `group` of them combined, both powers of two. Each use in a kernel is made by a call of this:
+    libNVVM refuses a kernel in which two functions call one that has shared memory.
     """
 
     @device
@@ -78,11 +79,14 @@ def block_reduce(real: Any, threads: int, group: int, combine: Function) -> Func
         while half > 0:
             if thread % group < half:
                 shared[thread] = combine(shared[thread], shared[thread + half])
-            # A round reads [half, 2 half) of a group and writes [0, half): the next one reads what this one writes.
+            # A round reads [half, 2 half) of a group and writes [0, half): the next one reads what this one writes. The
+            # barrier is outside the branch, and `half` is the same for all threads, so all come to it.
             cuda.syncthreads()
             half //= 2
         result = shared[thread - thread % group]
-        cuda.syncthreads()  # all have read the result before the memory is used again
+        # All have read the result before the memory is used again: on a GPU each use has its own, and no kernel comes
+        # to one twice, but in the simulator all uses of one dtype are this line's array.
+        cuda.syncthreads()
         return result
 
     return alone if group == 1 else reduce
