@@ -23,7 +23,7 @@ class PartCompiler(CompilerBase):  # type: ignore[misc]
         """One pipeline: Numba's own."""
         state = self.state
         state.flags.no_cpython_wrapper = state.flags.no_cfunc_wrapper = True
-        state.library = PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state["library"] = PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         return [DefaultPassBuilder.define_nopython_pipeline(state)]
 
 
@@ -53,8 +53,8 @@ class PartLibrary(JITCodeLibrary):  # type: ignore[misc]
 def _refusal() -> int:
     """The address of a function that says TypeError to whatever Python calls it with."""
     only_compiled_code_may_call_this.compile(())
-    result = only_compiled_code_may_call_this.overloads[()]
-    return int(result.library.get_pointer_to_function(result.fndesc.llvm_cpython_wrapper_name))
+    result = only_compiled_code_may_call_this.overloads[()]._asdict()
+    return int(result["library"].get_pointer_to_function(result["fndesc"].llvm_cpython_wrapper_name))
 
 
 @numba.njit
