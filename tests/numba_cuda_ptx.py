@@ -180,7 +180,7 @@ text_of = cache(str)
 def ptx_of(libraries, cc):
     """(target, code of each entry by its name): one program of all, which takes a quarter less time than one of each.
 
-    They share most of their modules.
+    They share most of their modules, and the code of each is what it is alone.
     """
     modules = dict.fromkeys(chain.from_iterable(library.modules for library in libraries))
     options = {"arch": nvrtc.get_arch_option(*cc), **libraries[0]._nvvm_options}
