@@ -20,8 +20,8 @@ from bench.processes import Failed, Process, Unsupported
 __all__ = ["Arena", "Measured", "void_where_scores_differ"]
 
 
-SEARCH, QUICK_SEARCH = 60.0, 3.0
-"""Seconds of building after which no further way of a peer is tried."""
+SEARCH, QUICK_SEARCH = 60.0, 5.0
+"""Seconds of building, beside the others, after which no further way of a peer is tried."""
 
 FIRST_STEPS = {"cold": 1, "warm": 3}
 """Rounds of new processes."""

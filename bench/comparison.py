@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from bench.cases import Case
 from bench.processes import Failed, Others, Process, Unsupported
-from bench.tasks import TASKS, Task
+from bench.tasks import TASKS
 
 __all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
 
@@ -51,8 +52,6 @@ class Row:
     """Which of its ways was the fastest."""
     variants: dict[str, float] = field(default_factory=dict)
     """Seconds of each way, from a short trial."""
-    first_seconds: float = 0.0
-    """Building, compiling and the first steps."""
     seconds: list[float] = field(default_factory=list)
     """Per repetition, one entry for each round."""
     cores: list[float] = field(default_factory=list)
@@ -103,17 +102,22 @@ def compare(
 ) -> Comparison:
     """Measure them all at task `what` on `case`, in `rounds` rounds at most.
 
-    Fewer are enough once the ratios to the first are settled. After `search` seconds of building, no other variants are
-    tried.
+    Fewer are enough once the ratios to the first are settled. All build and compile at the same time, and no other
+    variants are tried after `search` seconds of it; nothing else happens at the same time as something else.
     """
     task = TASKS[what]
     comparison = Comparison(case, {name: Row() for name in contenders})
+    say(f"{case}: building")
+    for process in contenders.values():
+        process.tell("build", what=task.name, case=case.to_dict(), search=search)
     expected = task.expected(case)
     for name, process in contenders.items():
-        say(f"{case}: preparing {name}")
-        _begin(process, comparison.rows[name], task, case, expected, search)
-    running = {name: row for name, row in comparison.rows.items() if not (row.void or row.unsupported)}
-    if running:
+        with _noted(comparison.rows[name]):
+            process.hear()
+    for name, process in contenders.items():
+        if name in _running(comparison):
+            _begin(process, comparison.rows[name], task.name, expected)
+    if running := _running(comparison):
         multiple = task.multiple(case)
         plan = _plan([row.variants[row.variant] for row in running.values()], multiple)
         comparison.repeats = plan["n"]
@@ -121,9 +125,13 @@ def compare(
             say(f"{case}: round {i + 1} of {rounds}, {plan['runs']} runs of {plan['n']} repeats a sample")
             for name in order:
                 _sample(contenders[name], running[name], plan, multiple, 1 if _busy(running.values()) else ATTEMPTS)
-            if settled([row.seconds for row in running.values() if not row.void]):
+            if settled([row.seconds for row in _running(comparison).values()]):
                 break
     return comparison
+
+
+def _running(comparison: Comparison) -> dict[str, Row]:
+    return {name: row for name, row in comparison.rows.items() if not (row.void or row.unsupported)}
 
 
 def settled(rows: Sequence[Sequence[float]]) -> bool:
@@ -144,20 +152,26 @@ def _orders(names: Mapping[str, Any] | Sequence[str], rounds: int) -> list[list[
     return [draw.sample(list(names), len(names)) for _ in range(rounds)]
 
 
-def _begin(process: Process, row: Row, task: Task, case: Case, expected: tuple[float, float], search: float) -> None:
+@contextmanager
+def _noted(row: Row) -> Iterator[None]:
+    """What a process could not do stands in its row."""
     try:
-        answer = process.ask("begin", what=task.name, case=case.to_dict(), search=search)
+        yield
     except Unsupported as reason:
         row.unsupported = str(reason)
-        return
     except Failed as error:
-        row.void = f"failed:\n{error}"
-        return
-    row.variant, row.variants, row.first_seconds = answer["variant"], answer["variants"], answer["first_seconds"]
-    number, (value, tolerance) = answer["number"], expected
-    if number is not None and not abs(number - value) <= tolerance:
-        row.void = f"its {task.name} gives {number:.7g}, where {value:.7g} ± {tolerance:.2g} is right"
-    process.wait_until_idle()
+        row.void, row.seconds = f"failed:\n{error}", []
+
+
+def _begin(process: Process, row: Row, what: str, expected: tuple[float, float]) -> None:
+    """Find the fastest variant of what was built, and check it."""
+    with _noted(row):
+        answer = process.ask("begin")
+        row.variant, row.variants = answer["variant"], answer["variants"]
+        number, (value, tolerance) = answer["number"], expected
+        if number is not None and not abs(number - value) <= tolerance:
+            row.void = f"its {what} gives {number:.7g}, where {value:.7g} ± {tolerance:.2g} is right"
+        process.wait_until_idle()
 
 
 def _plan(seconds: Sequence[float], multiple: int) -> dict[str, int]:
@@ -181,16 +195,13 @@ def _sample(process: Process, row: Row, plan: Mapping[str, int], multiple: int, 
     if row.void:
         return
     warmup = _at_least(WARMUP / row.variants[row.variant], multiple)
-    try:
+    with _noted(row):
         answer, contention = uncontended(
             process, row.cores, lambda: process.ask("sample", **plan, warmup=warmup), attempts
         )
-    except Failed as error:
-        row.void, row.seconds = f"failed:\n{error}", []
-        return
-    row.contended += contention > 1
-    row.seconds.append(answer["seconds"])
-    row.cores.append(answer["cores"])
+        row.contended += contention > 1
+        row.seconds.append(answer["seconds"])
+        row.cores.append(answer["cores"])
 
 
 def uncontended(

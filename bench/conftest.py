@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("backprop_gpu benchmarks")
     group.addoption("--rounds", type=int, default=11, help="samples of each contender at most (default: %(default)s)")
     group.addoption("--threads", type=int, default=all_threads(), help="threads of each (default: all processors)")
-    group.addoption("--shapes", type=int, default=12, help="random shapes in the sweep (default: %(default)s)")
+    group.addoption("--shapes", type=int, default=10, help="random shapes in the sweep (default: %(default)s)")
 
 
 class Replay:
@@ -126,7 +126,7 @@ def replay(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, Mea
         if row.cores:
             benchmark.extra_info["cores"] = [round(cores, 2) for cores in row.cores]
         if row.variants:
-            benchmark.extra_info.update(variant=row.variant, variants=row.variants, first_seconds=row.first_seconds)
+            benchmark.extra_info.update(variant=row.variant, variants=row.variants)
         CLOCK.play(benchmark, row.seconds)
         return measured
 

@@ -31,7 +31,11 @@ class Slowed:
     """A contender's process that does `factor` times the work that it tells of: a loss of speed on purpose."""
 
     def __init__(self, process: Process, factor: float) -> None:
-        self.inner, self.factor, self.process = process, factor, process.process
+        self.inner, self.factor = process, factor
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is that of the inner process."""
+        return getattr(self.inner, name)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The inner process's answer; seconds are still for one step of those asked for."""
@@ -40,10 +44,6 @@ class Slowed:
         n = round(arguments["n"] * self.factor)
         answer = self.inner.ask(do, **{**arguments, "n": n})
         return {**answer, "seconds": answer["seconds"] * n / arguments["n"]}
-
-    def wait_until_idle(self) -> None:
-        """See `Process.wait_until_idle`."""
-        self.inner.wait_until_idle()
 
 
 def measured_ratio(backend: str, case: Case, *, slowed: float = 1.0) -> float:

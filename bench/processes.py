@@ -62,8 +62,16 @@ class Process:
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one request; raises `Unsupported` or `Failed`."""
+        self.tell(do, **arguments)
+        return self.hear()
+
+    def tell(self, do: str, **arguments: Any) -> None:
+        """A request, whose answer `hear` waits for."""
         with suppress(BrokenPipeError):
             print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+
+    def hear(self) -> dict[str, Any]:
+        """The answer to what was told; raises `Unsupported` or `Failed`."""
         line = self.process.stdout.readline()
         if not line:
             raise Failed(f"the process of {self.name!r} ended with status {self.process.wait()}")

@@ -239,13 +239,13 @@ def _target(bench: Bench) -> list[str]:
 def _variants(result: Result) -> Iterator[str]:
     """Which of a peer's ways was taken, where it has several."""
     rows = [
-        [group, contender(bench.contender).label, bench.notes["variant"], time_of(bench.notes["first_seconds"])]
+        [group, contender(bench.contender).label, bench.notes["variant"]]
         for group, row in result.groups.items()
         for bench in row.values()
         if bench.notes.get("variant") and group.startswith(("training step", "predict"))
     ]
     if rows:
-        header = ["", "", "the fastest of its ways", "to build, compile and take its first steps"]
+        header = ["", "", "the fastest of its ways"]
         yield f"### Peers at their best\n\n{table(header, rows)}"
 
 

@@ -9,7 +9,7 @@ from bench.fresh import IMPORTS
 @pytest.mark.parametrize("contender", IMPORTS)
 def test_import(contender, arena, rivals, replay):
     """What `import` takes."""
-    replay("import", lambda: arena.imported(rivals, rounds=5))
+    replay("import", lambda: arena.imported(rivals, rounds=3))
 
 
 @pytest.mark.parametrize("cache", FIRST_STEPS)

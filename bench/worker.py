@@ -34,30 +34,30 @@ class Worker:
     def __init__(self, name: str, threads: int) -> None:
         self.contender = contender(name)
         self.contender.set_up(threads)
-        self.work: Work | None = None
-
-    def begin(self, what: str, case: dict[str, Any], search: float) -> dict[str, Any]:
-        """Build the work in its fastest variant; answers its name, the time to the first steps, and its check.
-
-        After `search` seconds of building, no more variants are tried.
-        """
         self.end()
-        task, subject = TASKS[what], Case.from_dict(case)
-        steps = task.multiple(subject)
-        built = _built(task.variants(self.contender, subject), steps, search)
-        # All of them are compiled by now: no trial runs beside a compiler.
-        trials = TRIALS if len(built) > 1 else 1
-        seconds = {name: _trial(work, steps, trials) for name, (_, work) in built.items()}
-        variant = min(built, key=lambda name: seconds[name])
-        first, self.work = built[variant]
-        del built
+
+    def build(self, what: str, case: dict[str, Any], search: float) -> dict[str, Any]:
+        """Build the work in all variants, and take the first steps; after `search` seconds, no more of them."""
+        self.end()
+        self.task, self.case = TASKS[what], Case.from_dict(case)
+        self.built = _built(self.task.variants(self.contender, self.case), self.task.multiple(self.case), search)
+        return {}
+
+    def begin(self) -> dict[str, Any]:
+        """Find the fastest variant of what was built, and keep that one; answers its name and its check."""
+        steps = self.task.multiple(self.case)
+        trials = TRIALS if len(self.built) > 1 else 1
+        seconds = {name: _trial(work, steps, trials) for name, work in self.built.items()}
+        variant = min(seconds, key=lambda name: seconds[name])
+        self.work = self.built[variant]
+        self.built = {}
         gc.collect()
         gc.freeze()  # or each collection takes up to 0.14 s, PyTorch's objects being so many
         self.work.reset()
         self.work.run(steps)
         result = self.work.result()
-        number = None if result is None else task.number(subject, result)
-        return {"variant": variant, "variants": seconds, "first_seconds": first, "number": number}
+        number = None if result is None else self.task.number(self.case, result)
+        return {"variant": variant, "variants": seconds, "number": number}
 
     def sample(self, n: int, runs: int, warmup: int) -> dict[str, float]:
         """Seconds of a repeat, and processors used, in the fastest of some runs of n repeats, after a warm-up.
@@ -73,7 +73,8 @@ class Worker:
 
     def end(self) -> dict[str, Any]:
         """Let go of the work."""
-        self.work = None
+        self.work: Work | None = None
+        self.built: dict[str, Work] = {}
         gc.unfreeze()
         gc.collect()
         return {}
@@ -107,17 +108,16 @@ class Worker:
         return {"versions": {name: importlib.metadata.version(name) for name in packages}}
 
 
-def _built(variants: Variants, steps: int, search: float) -> dict[str, tuple[float, Work]]:
-    """Each variant after its first steps, with the seconds that it took to get there."""
-    built: dict[str, tuple[float, Work]] = {}
+def _built(variants: Variants, steps: int, search: float) -> dict[str, Work]:
+    """Each variant after its first steps."""
+    built: dict[str, Work] = {}
+    start = time.perf_counter()
     for name, build in variants.items():
-        if sum(seconds for seconds, _ in built.values()) > search:
+        if time.perf_counter() - start > search:
             break
-        start = time.perf_counter()
-        work = build()
-        work.reset()
-        work.run(steps)
-        built[name] = time.perf_counter() - start, work
+        built[name] = build()
+        built[name].reset()
+        built[name].run(steps)
     return built
 
 

@@ -211,10 +211,16 @@ class Scripted:
         if do == "sample" and self.samples == self.fails_at:
             raise Failed("out of memory")
         if do == "begin":
-            return {"variant": "", "variants": {"": 0.01}, "first_seconds": 0.1, "number": self.number}
+            return {"variant": "", "variants": {"": 0.01}, "number": self.number}
         self.samples += 1
         Scripted.now += 1.0
         return {"seconds": float(self.samples), "cores": 1.0}
+
+    def tell(self, do, **arguments):
+        assert do == "build"
+
+    def hear(self):
+        return {}
 
     def seconds(self):
         return self.others.pop(0) if self.others else 0.0
@@ -296,7 +302,8 @@ def test_what_else_runs_is_seen():
         quiet = Others(process)
         before = quiet.seconds()
         case = Case((64, 64, 64, 10), 512).to_dict()
-        other.ask("begin", what="training", case=case, search=1.0)
+        other.ask("build", what="training", case=case, search=1.0)
+        other.ask("begin")
         assert quiet.seconds() - before > 0.02
 
 
@@ -312,7 +319,7 @@ def test_processes_answer_in_step():
 def test_what_goes_wrong_in_a_process_comes_back():
     with Process(FLOOR, 1) as process:
         with pytest.raises(Failed, match="KeyError"):
-            process.ask("begin", what="nonsense", case=SMALL.to_dict(), search=1.0)
+            process.ask("build", what="nonsense", case=SMALL.to_dict(), search=1.0)
         assert process.ask("about")["versions"]["numpy"] == np.__version__
 
 
@@ -407,7 +414,7 @@ def result(tmp_path):
         return [_benchmark(title, name, [unit * (i + 1)] * 3, **notes) for i, name in enumerate(names)]
 
     def noted(case, what="training"):
-        return {"case": case.to_dict(), "what": what, "variant": "a way", "first_seconds": 1.0}
+        return {"case": case.to_dict(), "what": what, "variant": "a way"}
 
     curves = [[[0.5, 0.9], [1.0, 0.98]]] * 3
     benchmarks = [
