@@ -109,11 +109,11 @@ class Worker:
 
 
 def _built(variants: Variants, steps: int, search: float) -> dict[str, Work]:
-    """Each variant after its first steps."""
+    """Each variant after its first steps: one at least, and no more after `search` seconds."""
     built: dict[str, Work] = {}
     start = time.perf_counter()
     for name, build in variants.items():
-        if time.perf_counter() - start > search:
+        if built and time.perf_counter() - start > search:
             break
         built[name] = build()
         built[name].reset()
