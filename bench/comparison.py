@@ -15,7 +15,7 @@ from bench.cases import Case
 from bench.processes import Failed, Others, Process, Unsupported
 from bench.tasks import TASKS
 
-__all__ = ["Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
+__all__ = ["ROUNDS", "Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
 
 FASTEST_RUN, SLOWEST_RUN = 0.01, 0.2
 """A run lasts at least 10 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
@@ -24,8 +24,8 @@ RUNS, RUNS_SECONDS = 4, 0.6
 On a virtual machine every fourth run of 20 ms was slowed down by what no counter shows. Resampled from 1,600 of those,
 two medians of 5 samples of 4 runs were 10 % apart for 8 rows of 132; two medians of 33 single runs for 15."""
 
-FEWEST_ROUNDS, SETTLED = 4, 0.03
-"""After four rounds, measuring ends as soon as the standard error of each ratio's median is below 3 %."""
+FEWEST_ROUNDS, ROUNDS, SETTLED = 4, 9, 0.03
+"""After four rounds, measuring ends as soon as the standard error of each ratio's median is below 3 %; or after nine."""
 STANDARD_ERROR = 0.93
 """Of the median of n numbers, by the distance of their quartiles over √n, where they are normal."""
 
@@ -96,7 +96,7 @@ def compare(
     contenders: Mapping[str, Process],
     what: str = "training",
     *,
-    rounds: int = 11,
+    rounds: int = ROUNDS,
     search: float = 60.0,
     say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:

@@ -17,6 +17,7 @@ from pytest_benchmark.logger import PytestBenchmarkWarning
 
 from bench import machine
 from bench.arena import Arena, Measured
+from bench.comparison import ROUNDS
 from bench.contenders import CPU_BACKENDS, FLOOR, PEERS, contender
 from bench.processes import all_threads
 
@@ -29,7 +30,9 @@ CONTENDERS = (*CPU_BACKENDS, *PEERS, FLOOR)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this folder's suites."""
     group = parser.getgroup("backprop_gpu benchmarks")
-    group.addoption("--rounds", type=int, default=11, help="samples of each contender at most (default: %(default)s)")
+    group.addoption(
+        "--rounds", type=int, default=ROUNDS, help="samples of each contender at most (default: %(default)s)"
+    )
     group.addoption("--threads", type=int, default=all_threads(), help="threads of each (default: all processors)")
     group.addoption("--shapes", type=int, default=10, help="random shapes in the sweep (default: %(default)s)")
 

@@ -96,7 +96,9 @@ def _against_peers(result: Result, prefix: str) -> list[tuple[float, str]]:
 def _activations(result: Result) -> Iterator[list[str]]:
     if found := _against_peers(result, "activation, "):
         worst, where = found[0]
-        networks = sorted({title.partition(",")[0] for title, _ in result.under("activation, ")}, key=list(NETWORKS).index)
+        networks = sorted(
+            {title.partition(",")[0] for title, _ in result.under("activation, ")}, key=list(NETWORKS).index
+        )
         yield [
             f"steps with tanh, gelu and silu on {_listed(networks)}: times as fast as the fastest peer",
             f"{worst:.2f} ({where}) to {found[-1][0]:.2f}",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.cases import NETWORKS, Case, random_cases
-from bench.comparison import Comparison, Row, compare, quartiles, ratios
+from bench.comparison import ROUNDS, Comparison, Row, compare, quartiles, ratios
 from bench.contenders import BACKENDS, FLOOR, PEERS, contender
 from bench.processes import all_threads, processes
 from bench.tables import spread
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--no-floor", action="store_true")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=all_threads())
     return parser
 

@@ -24,8 +24,8 @@ from bench.datasets import FITS, Fit
 from bench.estimators import JOBS
 from bench.tasks import TASKS
 
-TRIAL_SECONDS, TRIALS = 0.05, 3
-"""How long each variant is tried, and how often, to find the fastest."""
+TRIAL_SECONDS, TRIAL_RUN = 0.15, 0.02
+"""How long each variant is tried, and in how long runs. Its first ones tell nothing: on S, one took 67 times as long."""
 
 
 class Worker:
@@ -46,8 +46,7 @@ class Worker:
     def begin(self) -> dict[str, Any]:
         """Find the fastest variant of what was built, and keep that one; answers its name and its check."""
         steps = self.task.multiple(self.case)
-        trials = TRIALS if len(self.built) > 1 else 1
-        seconds = {name: _trial(work, steps, trials) for name, work in self.built.items()}
+        seconds = {name: _trial(work, steps) for name, work in self.built.items()}
         variant = min(seconds, key=lambda name: seconds[name])
         self.work = self.built[variant]
         self.built = {}
@@ -121,11 +120,15 @@ def _built(variants: Variants, steps: int, search: float) -> dict[str, Work]:
     return built
 
 
-def _trial(work: Work, steps: int, trials: int) -> float:
-    """Seconds a step, the best of a few short runs, or of two long ones."""
-    once = _run(work, steps)["seconds"]
-    n = max(1, round(TRIAL_SECONDS / once / steps)) * steps
-    return min(once, *(_run(work, n)["seconds"] for _ in range(trials if n > steps else 1)))
+def _trial(work: Work, steps: int) -> float:
+    """Seconds a step, the best of several runs, or of two where they are long."""
+    end = time.perf_counter() + TRIAL_SECONDS
+    best = _run(work, steps)["seconds"]
+    while True:
+        n = max(1, round(TRIAL_RUN / best / steps)) * steps
+        best = min(best, _run(work, n)["seconds"])
+        if time.perf_counter() > end:
+            return best
 
 
 def _run(work: Work, n: int) -> dict[str, float]:
