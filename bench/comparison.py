@@ -25,7 +25,7 @@ On a virtual machine every fourth run of 20 ms was slowed down by what no counte
 two medians of 5 samples of 4 runs were 10 % apart for 8 rows of 132; two medians of 33 single runs for 15."""
 
 FEWEST_ROUNDS, ROUNDS, SETTLED = 4, 9, 0.03
-"""After four rounds, measuring ends as soon as the standard error of each ratio's median is below 3 %; or after nine."""
+"""From four rounds on, measuring ends once the standard error of each ratio's median is below 3 %; or after nine."""
 STANDARD_ERROR = 0.93
 """Of the median of n numbers, by the distance of their quartiles over √n, where they are normal."""
 

@@ -96,9 +96,8 @@ def _against_peers(result: Result, prefix: str) -> list[tuple[float, str]]:
 def _activations(result: Result) -> Iterator[list[str]]:
     if found := _against_peers(result, "activation, "):
         worst, where = found[0]
-        networks = sorted(
-            {title.partition(",")[0] for title, _ in result.under("activation, ")}, key=list(NETWORKS).index
-        )
+        measured = {title.partition(",")[0] for title, _ in result.under("activation, ")}
+        networks = [name for name in NETWORKS if name in measured]
         yield [
             f"steps with tanh, gelu and silu on {_listed(networks)}: times as fast as the fastest peer",
             f"{worst:.2f} ({where}) to {found[-1][0]:.2f}",

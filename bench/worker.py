@@ -25,7 +25,7 @@ from bench.estimators import JOBS
 from bench.tasks import TASKS
 
 TRIAL_SECONDS, TRIAL_RUN = 0.15, 0.02
-"""How long each variant is tried, and in how long runs. Its first ones tell nothing: on S, one took 67 times as long."""
+"""How long each variant is tried, and in how long runs. The first ones tell little: one took 67 times as long, on S."""
 
 
 class Worker:
