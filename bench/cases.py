@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -133,12 +133,13 @@ def random_cases(n: int, seed: int = 0) -> list[Case]:
     """`n` shapes, log-uniform: widths 1–2048, depths (weight matrices) 1–8, batches 1–4096, activations in turn."""
     rng = np.random.default_rng(seed)
     cases: list[Case] = []
+    activations = cycle(("relu", "tanh", "gelu", "silu"))
     while len(cases) < n:
         depth = int(rng.integers(1, 9))
         sizes = np.exp2(rng.uniform(0, 11, depth + 1)).round().astype(int)
         sizes[-1] = max(2, sizes[-1])  # a classifier has two classes at least
         batch = round(float(np.exp2(rng.uniform(0, 12))))
-        case = Case(tuple(sizes.tolist()), batch, ("relu", "tanh", "gelu", "silu")[len(cases) % 4])
+        case = Case(tuple(sizes.tolist()), batch, next(activations))
         if case.flops <= LARGEST_STEP:
             cases.append(case)
     return cases

@@ -19,8 +19,8 @@ __all__ = ["ROUNDS", "Comparison", "Row", "compare", "interleaved", "quartiles",
 
 FASTEST_RUN, SLOWEST_RUN = 0.01, 0.2
 """A run lasts at least 10 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
-RUNS, RUNS_SECONDS = 4, 0.6
-"""A sample is the fastest of so many runs, one after the other, or of as many as the slowest contender makes in 0.6 s.
+RUNS, RUNS_SECONDS = 4, 0.4
+"""A sample is the fastest of so many runs, one after the other, or of as many as the slowest contender makes in 0.4 s.
 On a virtual machine every fourth run of 20 ms was slowed down by what no counter shows. Resampled from 1,600 of those,
 two medians of 5 samples of 4 runs were 10 % apart for 8 rows of 132; two medians of 33 single runs for 15."""
 
