@@ -51,14 +51,14 @@ class Process:
         self.name = name
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", name, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            preexec_fn=_restricted_to(threads),
-        )
+        with _restricted_to(threads):
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bench.worker", name, str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one request; raises `Unsupported` or `Failed`."""
@@ -115,12 +115,18 @@ def processes(names: Iterable[str], threads: int) -> Iterator[dict[str, Process]
             process.close()
 
 
-def _restricted_to(threads: int) -> Any:
-    """Fewer threads than processors: the process may run on so many only, which every library respects."""
+@contextmanager
+def _restricted_to(threads: int) -> Iterator[None]:
+    """Fewer threads than processors: what is started meanwhile may run on so many only, which every library respects."""
     if threads >= all_threads() or not hasattr(os, "sched_setaffinity"):
-        return None
-    allowed = sorted(os.sched_getaffinity(0))[:threads]
-    return lambda: os.sched_setaffinity(0, allowed)
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # What else runs on the machine
