@@ -117,7 +117,7 @@ def processes(names: Iterable[str], threads: int) -> Iterator[dict[str, Process]
 
 @contextmanager
 def _restricted_to(threads: int) -> Iterator[None]:
-    """Fewer threads than processors: what is started meanwhile may run on so many only, which every library respects."""
+    """Fewer threads than processors: what is started meanwhile may use so many, which every library respects."""
     if threads >= all_threads() or not hasattr(os, "sched_setaffinity"):
         yield
         return
