@@ -123,8 +123,9 @@ def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
 
     assert n_threads([64, 64, 64, 10], 32) == 1
     assert n_threads([64, 64, 64, 10], 256) == n_threads([30, 64, 64, 2], 200) == 2
-    assert n_threads([30, 100, 2], 200, "float64") == 2  # where a multiply-add takes twice as long
-    assert n_threads([30, 100, 2], 200) == 1
+    sizes = [32, 96, 16]  # whole vectors on every processor
+    assert n_threads(sizes, 128, "float64") == 2  # where a multiply-add takes twice as long
+    assert n_threads(sizes, 128) == 1
 
 
 # The whole forward pass
