@@ -23,10 +23,10 @@ def test_training_step(network, contender, arena, rivals, replay):
 
 
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
-@pytest.mark.parametrize("network", ["S", "N"])
+@pytest.mark.parametrize("network", ["S", "M", "N"])
 @pytest.mark.parametrize("contender", ["cpu", *PEERS])
 def test_activation(network, activation, contender, arena, rivals, replay):
-    """Those with other activations, where they take a large share of a step."""
+    """Those with other activations."""
     case = replace(NETWORKS[network], activation=activation)
     replay(f"activation, {case}", lambda: arena.compared("training", case, rivals, quick=True))
 

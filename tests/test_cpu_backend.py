@@ -118,11 +118,14 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
 def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
     monkeypatch.undo()
 
-    def n_threads(sizes, batch_size):
-        return cpu_plan.for_training(network("numpy", sizes=sizes).architecture, batch_size, "float32", 2).n_threads
+    def n_threads(sizes, batch_size, dtype="float32"):
+        return cpu_plan.for_training(network("numpy", sizes=sizes).architecture, batch_size, dtype, 2).n_threads
 
     assert n_threads([64, 64, 64, 10], 32) == 1
     assert n_threads([64, 64, 64, 10], 256) == n_threads([30, 64, 64, 2], 200) == 2
+    sizes = [32, 96, 16]  # whole vectors on every processor
+    assert n_threads(sizes, 128, "float64") == 2  # where a multiply-add takes twice as long
+    assert n_threads(sizes, 128) == 1
 
 
 # The whole forward pass

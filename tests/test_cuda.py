@@ -749,10 +749,7 @@ OLD = {"n_devices": "cudaErrorInsufficientDriver"}
         ({"n_devices": 0}, "CUDA_VISIBLE_DEVICES"),
         ({"driver": 11080, **OLD}, "offers CUDA 11.8, and CuPy is built for 12.9; update the driver"),
         ({"driver": 12040, "built_for": 13000, **OLD}, "offers CUDA 12.4, and CuPy is built for 13.0.*cupy-cuda12x"),
-        (
-            {"built_for": 11080},
-            "built for CUDA 11.8, and 12.0 is the oldest.*uninstall.*cupy-cuda13x 'cuda-toolkit.cudart,nvrtc.==13",
-        ),
+        ({"built_for": 11080}, "CuPy is built for CUDA 11.8, and 12.0 is the oldest.*uninstall.*install cupy-cuda13x"),
         ({"capability": "70"}, "compute capability 7.0, and the kernels need 7.5"),
         (
             {"nvrtc": "failed to load libnvrtc.so.12"},

@@ -208,6 +208,14 @@ def test_bad_inputs_are_refused(case, method, X, y):
     assert_refused(net, lambda: getattr(net, method)(spoil(X), *target), error, message)
 
 
+def test_numbers_are_looked_through_once(X, monkeypatch):
+    """`predict` asks for it before each of the ways that it may take."""
+    looks = []
+    monkeypatch.setattr("backprop_gpu.data._require_finite", lambda x, dtype, name: looks.append(x))
+    make_net().predict(X)
+    assert len(looks) <= 1
+
+
 def test_the_row_of_a_bad_number_is_counted_over_all_chunks(X, monkeypatch):
     monkeypatch.setattr("backprop_gpu.data.CHUNK", 10)
     with pytest.raises(ValueError, match="nan at row 3, column 2"):

@@ -49,10 +49,9 @@ def _wrong_cuda(cp: Any) -> str | None:
             "update the driver, or install the CuPy of its CUDA version (cupy-cuda12x, cupy-cuda13x)"
         )
     if built_for < OLDEST_CUDA:
-        major = min(driver // 1000, 13)
         return (
             f"CuPy is built for CUDA {_version(built_for)}, and {_version(OLDEST_CUDA)} is the oldest to work with; "
-            f"uninstall it, and pip install cupy-cuda{major}x 'cuda-toolkit[cudart,nvrtc]=={major}.*'"
+            f"uninstall it, and pip install cupy-cuda{min(driver // 1000, 13)}x"
         )
     return None
 

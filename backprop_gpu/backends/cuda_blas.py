@@ -42,9 +42,10 @@ class Blas:
     def missing(self) -> str | None:
         """Why there is none, or None."""
         try:
-            return None if self.cublas else "no cuBLAS"
+            _ = self.cublas
         except (ImportError, OSError, RuntimeError) as error:
             return str(error)
+        return None
 
     def prepare(self, stream: Any) -> None:
         """A handle and a workspace for `stream`; not while it is captured."""

@@ -44,7 +44,7 @@ from numba.extending import is_jitted
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.folders import user_cache
-from backprop_gpu.kernels.numba_cpu.parts import PartCompiler
+from backprop_gpu.kernels.numba_cpu.inner import InnerCompiler
 
 __all__ = ["INNER", "EntryPoint", "compiled", "entry_point", "executable", "named_apart"]
 
@@ -54,7 +54,7 @@ logger = logging.getLogger("backprop_gpu")
 # let a NaN pass unseen, and "reassoc" would undo the range reductions of `elementary`.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
-INNER: dict[str, Any] = {**OPTIONS, "pipeline_class": PartCompiler}
+INNER: dict[str, Any] = {**OPTIONS, "pipeline_class": InnerCompiler}
 
 compiled = numba.njit(**INNER)
 """Decorator: a function for other compiled functions; it divides by zero as IEEE 754 says, and fuses multiply-adds."""

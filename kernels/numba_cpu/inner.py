@@ -13,21 +13,21 @@ import numba
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
-__all__ = ["PartCompiler"]
+__all__ = ["InnerCompiler"]
 
 
-class PartCompiler(CompilerBase):  # type: ignore[misc]
+class InnerCompiler(CompilerBase):  # type: ignore[misc]
     """Numba's compiler, as `pipeline_class`, for such a function; called from Python, it raises TypeError."""
 
     def define_pipelines(self) -> list[Any]:
         """One pipeline: Numba's own."""
         state = self.state
         state.flags.no_cpython_wrapper = state.flags.no_cfunc_wrapper = True
-        state["library"] = PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state["library"] = InnerLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         return [DefaultPassBuilder.define_nopython_pipeline(state)]
 
 
-class PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+class InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
     """LLVM code of a function and of those that it calls, to be linked into that of its caller."""
 
     def _optimize_final_module(self) -> None:
@@ -41,7 +41,7 @@ class PartLibrary(JITCodeLibrary):  # type: ignore[misc]
         return _refusal()
 
     @property
-    def codegen(self) -> PartLibrary:
+    def codegen(self) -> InnerLibrary:
         """Numba gives a function's environment to the machine code that has been loaded: none of this has."""
         return self
 
