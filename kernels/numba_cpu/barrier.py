@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 
-__all__ = ["new", "stop", "wait"]
+__all__ = ["load", "new", "stop", "store", "wait"]
 
 LINE = 16
 """int64 in two cache lines, because processors fetch them in pairs, and some have lines of 128 bytes."""
@@ -59,20 +59,20 @@ def wait(barrier, n_threads):
     """Wait for all n_threads. False: the run is to stop, as not all may have arrived."""
     arrived = barrier.ctypes.data + ARRIVED * 8
     generation = barrier.ctypes.data + GENERATION * 8
-    here = _load(generation)
+    here = load(generation)
     if here < 0:
         return False
     if _add(arrived, 1) == n_threads - 1:
-        _store(arrived, 0)
+        store(arrived, 0)
         return _add(generation, 1) >= 0
     spins = 0
-    while _load(generation) == here:
+    while load(generation) == here:
         if spins < SPINS:
             spins += 1
             _pause()
         else:
             _yield()
-    return _load(generation) >= 0
+    return load(generation) >= 0
 
 
 _yield = types.ExternalFunction(
@@ -81,7 +81,9 @@ _yield = types.ExternalFunction(
 
 
 @intrinsic
-def _load(typing_context: Any, address: Any) -> Any:
+def load(typing_context: Any, address: Any) -> Any:
+    """The int64 at `address`; acquires what the thread that stored it had released."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0]), "acquire", 8)
 
@@ -89,7 +91,9 @@ def _load(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _store(typing_context: Any, address: Any, value: Any) -> Any:
+def store(typing_context: Any, address: Any, value: Any) -> Any:
+    """Atomic, and no more: it releases nothing."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[1], _pointer(builder, args[0]), "monotonic", 8)
         return context.get_dummy_value()

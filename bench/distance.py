@@ -1,0 +1,89 @@
+"""How far the processors are from each other, now.
+
+A virtual machine's processors are threads of its host, which may move them at any moment: to two cores that share a
+cache, or to two that do not. On two of a Zen 4, a cache line took 24 to 31 ns from one to the other for most of the
+time, and 156 to 171 ns for some seconds; a forward and backward pass of `nn.Sequential` on network S, whose threads wait
+for each other often, took 275 µs in the former and 430 to 590 µs in the latter, `FusedMLP` 262 and 272. Neither
+processor time nor the time that the host takes away tells.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from backprop_gpu.backends import threads
+from backprop_gpu.kernels.numba_cpu import barrier as barriers
+
+__all__ = ["Distance", "handover_seconds"]
+
+HANDOVERS, PARTS = 200, 10
+"""The fastest part of so many handovers counts, so that a thread that is interrupted does no harm: 0.2 ms in all."""
+
+PAUSE = 0.05
+"""Seconds from one look to the next."""
+
+
+@numba.njit(nogil=True)
+def _hand_on(line, thread, n_threads, first, times):
+    """Write to `line`, once in each of `times` rounds, as soon as the thread before has."""
+    for i in range(first, first + times):
+        while barriers.load(line) != i * n_threads + thread:
+            if barriers.load(line) < 0:
+                return
+        barriers.store(line, i * n_threads + thread + 1)
+
+
+def handover_seconds() -> float:
+    """What it takes a cache line from one of this process's processors to the next; 0 where there is only one."""
+    processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(processors) < 2:
+        return 0.0
+    line, parts = barriers.new(), np.full((len(processors), PARTS), math.inf)
+
+    def work(thread: int) -> None:
+        os.sched_setaffinity(0, {processors[thread]})  # of this thread alone
+        for part in range(PARTS):
+            start = time.perf_counter()
+            _hand_on(line.ctypes.data, thread, len(processors), part * HANDOVERS, HANDOVERS)
+            parts[thread, part] = time.perf_counter() - start
+
+    def stop() -> None:
+        line[0] = barriers.STOPPED
+
+    try:
+        threads.run(len(processors), work, stop)
+    finally:
+        os.sched_setaffinity(0, processors)
+    return float(parts[0].min()) / (HANDOVERS * len(processors))
+
+
+class Distance:
+    """Tells whether the processors are farther apart than they have been in this run, and waits for it to pass.
+
+    Args:
+        far: how many times as far as at their nearest they must be to be too far apart to measure anything.
+        patience: for how many seconds to wait, in all of the run.
+    """
+
+    def __init__(self, far: float, patience: float, measure: Callable[[], float] = handover_seconds) -> None:
+        self.far, self.patience, self.measure = far, patience, measure
+        self.nearest = math.inf
+
+    def excess(self) -> float:
+        """Over 1: too far apart."""
+        seconds = self.measure()
+        self.nearest = min(self.nearest, seconds)
+        return seconds / (self.far * self.nearest) if self.nearest else 0.0
+
+    def wait_until_near(self) -> float:
+        """The excess then: still over 1 when all patience is at an end."""
+        while (excess := self.excess()) > 1 and self.patience > 0:
+            time.sleep(PAUSE)
+            self.patience -= PAUSE
+        return excess
