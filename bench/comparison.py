@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.cases import Case
+from bench.distance import Distance
 from bench.processes import Failed, Others, Process, Unsupported
 from bench.tasks import TASKS
 
@@ -36,12 +37,17 @@ spread them: JAX on M takes 780 µs a step after 3 ms of warm-up, 530 µs after 
 OTHERS_SHARE = 0.05
 """A sample is contended when other processes take more than 5 % of a processor meanwhile,"""
 CORES_DROP = 0.8
-"""or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has."""
+"""or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has,"""
+FAR, PATIENCE = 3.0, 120.0
+"""or when the processors are three times as far from each other as at their nearest; samples wait for that to pass, all
+of a run together 120 s."""
 ENOUGH = 8
 """Samples after which it can be said that the machine is busy throughout."""
 ATTEMPTS, ATTEMPT_SECONDS = 4, 10.0
 """Contended samples are measured again, so many times in all and for so long; then the least contended one is kept, and
 counted."""
+
+DISTANCE = Distance(FAR, PATIENCE)
 
 
 @dataclass
@@ -207,7 +213,7 @@ def _sample(process: Process, row: Row, plan: Mapping[str, int], multiple: int, 
 def uncontended(
     process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]], attempts: int = ATTEMPTS
 ) -> tuple[dict[str, Any], float]:
-    """A sample, taken again while something else ran, and how contended it was: over 1 is too much."""
+    """A sample, taken again where it was contended, and how contended it was: over 1 is too much."""
     taken: list[tuple[dict[str, Any], float]] = []
     deadline = time.perf_counter() + ATTEMPT_SECONDS
     while not taken or (taken[-1][1] > 1 and len(taken) < attempts and time.perf_counter() < deadline):
@@ -218,9 +224,11 @@ def uncontended(
 def _attempt(
     process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any], float]:
+    far = DISTANCE.wait_until_near()
     others, start = Others(process), time.perf_counter()
     answer = take()
     share = others.seconds() / (time.perf_counter() - start)
     process.wait_until_idle()
     usual = median(usual_cores) if usual_cores else answer["cores"]
-    return answer, max(share / OTHERS_SHARE, CORES_DROP * usual / max(answer["cores"], 1e-9))
+    cores = CORES_DROP * usual / max(answer["cores"], 1e-9)
+    return answer, max(share / OTHERS_SHARE, cores, far, DISTANCE.excess())

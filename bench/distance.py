@@ -1,9 +1,9 @@
 """How far the processors are from each other, now.
 
 A virtual machine's processors are threads of its host, which may move them at any moment: to two cores that share a
-cache, or to two that do not. On two of a Zen 4, a cache line took 24 to 31 ns from one to the other for most of the
-time, and 156 to 171 ns for some seconds; a forward and backward pass of `nn.Sequential` on network S, whose threads wait
-for each other often, took 275 µs in the former and 430 to 590 µs in the latter, `FusedMLP` 262 and 272. Neither
+cache, or to two that do not. On two of a Zen 4, a cache line took 40 to 80 ns from one to the other for most of the
+time, and 160 to 240 ns for some seconds. A forward and backward pass of `nn.Sequential` on network S, whose threads
+wait for each other often, took 275 µs in the former and 430 to 590 µs in the latter; `FusedMLP` 262 and 272. Neither
 processor time nor the time that the host takes away tells.
 """
 
@@ -22,8 +22,8 @@ from backprop_gpu.kernels.numba_cpu import barrier as barriers
 
 __all__ = ["Distance", "handover_seconds"]
 
-HANDOVERS, PARTS = 200, 10
-"""The fastest part of so many handovers counts, so that a thread that is interrupted does no harm: 0.2 ms in all."""
+HANDOVERS, PARTS = 2000, 3
+"""The fastest part of so many handovers counts, so that a thread that is interrupted does no harm: 0.5 ms in all."""
 
 PAUSE = 0.05
 """Seconds from one look to the next."""
@@ -33,10 +33,13 @@ PAUSE = 0.05
 def _hand_on(line, thread, n_threads, first, times):
     """Write to `line`, once in each of `times` rounds, as soon as the thread before has."""
     for i in range(first, first + times):
-        while barriers.load(line) != i * n_threads + thread:
-            if barriers.load(line) < 0:
+        turn = i * n_threads + thread
+        here = barriers.load(line)
+        while here != turn:
+            if here < 0:
                 return
-        barriers.store(line, i * n_threads + thread + 1)
+            here = barriers.load(line)
+        barriers.store(line, turn + 1)
 
 
 def handover_seconds() -> float:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import agreement, comparison, estimators, plots, report, results, tables
+from bench import agreement, comparison, distance, estimators, plots, report, results, tables
 from bench.arena import Arena, Measured, void_where_scores_differ
 from bench.cases import LARGEST_STEP, NETWORKS, Case, random_cases
 from bench.comparison import Row, compare, interleaved, quartiles, ratios, settled
 from bench.contenders import BACKENDS, FLOOR, GPU_PEERS, PEERS, contender
 from bench.contenders.contract import Unsupported
 from bench.datasets import FITS, missing
+from bench.distance import Distance
 from bench.fresh import first_step, import_seconds
 from bench.processes import Failed, Others, Process
 from bench.tasks import COPY, OPERATIONS, TASKS
@@ -205,6 +206,7 @@ class Scripted:
     def __init__(self, monkeypatch, number=None, others=(), fails_at=None):
         self.number, self.others, self.samples, self.fails_at = number, list(others), 0, fails_at
         monkeypatch.setattr(comparison, "Others", lambda process: process)
+        monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: 0.0))
         monkeypatch.setattr(comparison.time, "perf_counter", lambda: Scripted.now)
 
     def ask(self, do, **arguments):
@@ -249,6 +251,40 @@ def test_a_contender_that_lacks_its_usual_processors_is_contended(monkeypatch):
     process = Scripted(monkeypatch)
     _, contention = comparison.uncontended(process, [2.0, 2.0, 2.0], lambda: process.ask("sample"))
     assert contention > 1
+
+
+def test_a_sample_is_taken_again_where_the_processors_have_moved_apart(monkeypatch):
+    process = Scripted(monkeypatch)
+    distances = iter([1.0, 4.0, 1.0, 1.0])  # before and after each sample
+    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: next(distances)))
+    _, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == 2
+    assert contention <= 1
+
+
+def test_samples_wait_until_the_processors_are_near_but_not_for_ever(monkeypatch):
+    waited = []
+    monkeypatch.setattr(distance.time, "sleep", waited.append)
+    distances = iter([1.0, 4.0, 4.0, 2.0] + [4.0] * 9)
+    apart = Distance(3.0, 4.5 * distance.PAUSE, lambda: next(distances))
+    assert apart.wait_until_near() == pytest.approx(1 / 3)
+    assert apart.wait_until_near() == pytest.approx(2 / 3)
+    assert len(waited) == 2
+    assert apart.wait_until_near() == pytest.approx(4 / 3)
+    assert len(waited) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a processor here")
+def test_a_handover_takes_time_where_there_are_two_processors():
+    allowed = os.sched_getaffinity(0)
+    seconds = distance.handover_seconds()
+    assert os.sched_getaffinity(0) == allowed
+    assert 0 < seconds < math.inf or len(allowed) == 1
+
+
+def test_one_processor_is_near_itself(monkeypatch):
+    monkeypatch.setattr(distance.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert Distance(3.0, 1.0).wait_until_near() == 0.0
 
 
 @pytest.mark.parametrize("number", [math.nan, 0.0, 10.0])
