@@ -624,7 +624,8 @@ def test_the_instructions_name_every_suite():
 
 def _suites(tmp_path, *arguments):
     file = tmp_path / "benchmarks.json"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**ours, "PYTHONPATH": str(tmp_path)}  # under pytest-xdist, nothing is measured
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", f"--benchmark-json={file}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done, json.loads(file.read_text(encoding="utf-8")) if file.exists() and file.stat().st_size else None
