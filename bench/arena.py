@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ __all__ = ["Arena", "Measured", "void_where_scores_differ"]
 
 SEARCH, QUICK_SEARCH = 60.0, 5.0
 """Seconds of building, beside the others, after which no further way of a peer is tried."""
+QUICK_ROUNDS = 2 / 3
+"""Of the rounds of others: there are many quick comparisons of a kind, and the report tells their worst, or a curve."""
 
-FIRST_STEPS = {"cold": 1, "warm": 3}
+FIRST_STEPS = {"cold": 1, "warm": 2}
 """Rounds of new processes."""
 
 
@@ -64,7 +67,7 @@ class Arena:
         return name in self.processes and self.processes[name].process.poll() is None
 
     def compared(self, what: str, case: Case, names: Sequence[str], *, quick: bool = False) -> dict[str, Measured]:
-        """Task `what` on `case`; `quick`: not all of a peer's ways where they take long to build."""
+        """Task `what` on `case`; `quick`: fewer rounds, and not all of a peer's ways where they take long to build."""
         return self._once((what, case), lambda: self._compare(what, case, names, quick))
 
     def fitted(self, name: str, names: Sequence[str], *, rounds: int) -> dict[str, Measured]:
@@ -99,7 +102,8 @@ class Arena:
 
     def _compare(self, what: str, case: Case, names: Sequence[str], quick: bool) -> dict[str, Measured]:
         running, search = self.running(names), QUICK_SEARCH if quick else SEARCH
-        comparison: Comparison = compare(case, running, what, rounds=self.rounds, search=search, say=self.say)
+        rounds = math.ceil(QUICK_ROUNDS * self.rounds) if quick else self.rounds
+        comparison: Comparison = compare(case, running, what, rounds=rounds, search=search, say=self.say)
         for process in running.values():
             with suppress(Failed):  # its row says so
                 process.ask("end")

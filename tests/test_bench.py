@@ -622,10 +622,14 @@ def test_the_instructions_name_every_suite():
 # The suites, run by pytest
 
 
+def _measuring():
+    """The environment without that of pytest-xdist, under which pytest-benchmark measures nothing."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def _suites(tmp_path, *arguments):
     file = tmp_path / "benchmarks.json"
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment = {**ours, "PYTHONPATH": str(tmp_path)}  # under pytest-xdist, nothing is measured
+    environment = {**_measuring(), "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", f"--benchmark-json={file}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done, json.loads(file.read_text(encoding="utf-8")) if file.exists() and file.stat().st_size else None
@@ -656,7 +660,8 @@ def test_one_command_measures_writes_and_prints(tmp_path):
     file = tmp_path / "mine.json"
     selection = "test_ceiling and product and floor"
     command = [sys.executable, "-m", "bench", "--output", str(file), "-k", selection, "--rounds=2", "--threads=1"]
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=_measuring(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (group,) = results.read(file).groups.values()
     assert len(group["floor"].seconds) == 2
