@@ -126,6 +126,26 @@ def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
     sizes = [32, 96, 16]  # whole vectors on every processor
     assert n_threads(sizes, 128, "float64") == 2  # where a multiply-add takes twice as long
     assert n_threads(sizes, 128) == 1
+    assert n_threads([1024, 1024, 1024, 10], 7) == 2  # to share the update
+    assert n_threads([256, 256, 256, 10], 7) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 9])
+def test_threads_that_share_the_update_alone_give_the_references_numbers(batch_size, monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_NUM_THREADS", "5")
+    monkeypatch.setattr(cpu_plan, "PARAMETERS_PER_THREAD", 1000)
+    monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_STEP", 1)
+    monkeypatch.setattr(cpu_plan, "SPLIT_ROWS_BYTES", 0)
+    sizes = [37, 101, 67, 5]
+    X, y = draw(29, sizes)
+    parameters = {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend, sizes=sizes, activation="tanh")
+        trainer, _ = trainer_of(net, X, y, batch_size, bp.Adam())
+        run(trainer, 29, batch_size)
+        parameters[backend] = net.parameters
+    assert trainer.plan.n_threads == 5
+    assert_same(parameters["cpu"], parameters["numpy"], "float64")
 
 
 # The whole forward pass

@@ -48,8 +48,15 @@ network S, 3.3 million, 84 and 60; 30-100-2 in float64 with a batch of 200, 1.7 
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
-"""Of a smaller mini-batch, a second thread that only shares the update costs as much as it saves, and often more:
-512-512-512-10 with a batch of 4 takes 0.83 ms a step on one thread of a Zen 4 and 1.6 ms on two."""
+"""Of a smaller mini-batch, a second thread has no rows of its own and shares the update alone."""
+
+PARAMETERS_PER_THREAD = 1 << 19
+"""For which a thread takes part in a small mini-batch's update.
+
+One thread of a Zen 4 beside two that share a cache, in ms a step: 1662-885-529-39 with a batch of 7, 3.0 and 2.3;
+1024-1024-1024-10 with 15, 4.0 and 3.0; 512-512-512-10 with 4, 0.63 and 0.55. Two that share none have to fetch each
+other's parameters: 3.5 and 3.7; 4.6 and 5.8; 0.71 and 1.7.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Plan:
 def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: int) -> Plan:
     """The plan for a forward pass: every thread takes its own tiles, of work that is worth starting it."""
     worth = n_rows * architecture.n_weights // PRODUCTS_TO_START
-    n_threads = _threads(min(threads, worth), n_rows)
+    n_threads = max(1, min(threads, worth, n_rows // ROWS_PER_THREAD))
     return Plan(n_threads, _tile_rows(architecture, n_rows, dtype, n_threads), split_rows=True)
 
 
@@ -74,13 +81,10 @@ def for_training(architecture: Architecture, batch_size: int, dtype: str, thread
     """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes alone."""
     singles = np.dtype(dtype).itemsize // 4
     worth = batch_size * _products_of_a_row(architecture, dtype) * singles // PRODUCTS_PER_STEP
-    n_threads = _threads(min(threads, worth), batch_size)
+    shares = max(batch_size // ROWS_PER_THREAD, architecture.n_parameters // PARAMETERS_PER_THREAD)
+    n_threads = max(1, min(threads, worth, shares))
     split_rows = architecture.n_parameters * np.dtype(dtype).itemsize <= SPLIT_ROWS_BYTES
     return Plan(n_threads, _tile_rows(architecture, batch_size, dtype, n_threads), split_rows)
-
-
-def _threads(wanted: int, n_rows: int) -> int:
-    return int(max(1, min(wanted, n_rows // ROWS_PER_THREAD)))
 
 
 def _products_of_a_row(architecture: Architecture, dtype: str) -> int:
