@@ -337,4 +337,4 @@ def spread(found: tuple[float, float, float]) -> str:
 def _contended(result: Result) -> str:
     benches = [bench for row in result.groups.values() for bench in row.values()]
     samples, contended = sum(len(b.seconds) for b in benches), sum(b.notes["contended"] for b in benches)
-    return f"{samples:,} samples; during {contended} of them something else was running in spite of repetitions."
+    return f"{samples:,} samples; {contended} of them were contended in spite of repetitions."

@@ -497,7 +497,7 @@ def test_everything_is_in_the_long_tables(result):
         "|  | backprop_gpu.sklearn | scikit-learn |\n| --- | --- | --- |\n| fit, digits | 1.00 s | 2.00 s (2.00 ×) |"
         in text
     )
-    assert "samples; during 0 of them something else was running" in text
+    assert "samples; 0 of them were contended" in text
 
 
 def _file(folder, name, **samples):

@@ -48,7 +48,7 @@ network S, 3.3 million, 84 and 60; 30-100-2 in float64 with a batch of 200, 1.7 
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
-"""Of a smaller mini-batch, a second thread has no rows of its own and shares the update alone."""
+"""In a smaller mini-batch, a second thread has few rows of its own or none, and shares the update."""
 
 PARAMETERS_PER_THREAD = 1 << 19
 """For which a thread takes part in a small mini-batch's update.
