@@ -23,8 +23,8 @@ from backprop_gpu.kernels.numba_cpu import barrier as barriers
 __all__ = ["Distance", "handover_seconds"]
 
 HANDOVERS, PARTS = 4000, 3
-"""The fastest part of so many handovers counts, so that a thread that is interrupted does no harm: 3 to 4 ms in all, of which
-most is to start and bind the threads."""
+"""The fastest part of so many handovers counts, so that a thread that is interrupted does no harm. 3 to 4 ms in all,
+most of them to start and bind the threads."""
 
 PAUSE = 0.05
 """Seconds from one look to the next."""
