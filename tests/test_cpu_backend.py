@@ -115,6 +115,24 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
         assert plan.tile_rows % panels.BLOCK_ROWS == 0
 
 
+def test_threads_take_as_many_rows():
+    rows_of = step.rows_of.py_func
+    assert [rows_of(t, 2, 200) for t in range(2)] == [(0, 100), (100, 200)]
+    for n_threads, n_rows in ((3, 1), (3, 7), (2, 13), (4, 1009)):
+        ranges = [rows_of(t, n_threads, n_rows) for t in range(n_threads)]
+        assert [r for low, high in ranges for r in range(low, high)] == list(range(n_rows))
+        sizes = [high - low for low, high in ranges]
+        assert max(sizes) - min(sizes) < 2 * panels.HALF_BLOCK_ROWS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_panels_of_a_mini_batch_are_no_whole_pages_apart(dtype):
+    for n_rows in (1, 31, 128, 512, 1000):
+        rows = cpu_plan.rows_of_panel(n_rows, dtype)
+        assert rows >= n_rows
+        assert rows * panels.width(dtype) * np.dtype(dtype).itemsize % 4096 != 0
+
+
 def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
     monkeypatch.undo()
 

@@ -47,8 +47,6 @@ SHARED_TILE_BYTES = 512 << 10
 VARIABLE = struct.Struct("Q7q")
 """What a call changes of a NETWORK record: `seed` and all after it."""
 
-PAGE = 4096
-
 MOST_KNOWN = 64
 """Numbers of rows for which the records are remembered."""
 
@@ -170,9 +168,7 @@ class Passes:
     def _shared_rows(self, n_rows: int) -> int:
         """Rows of a panel that holds all rows: whole blocks, and not as many bytes as would make panels collide."""
         rows = int(round_up(n_rows, BLOCK_ROWS))
-        if rows >= 8 * self.tile_rows:
-            return rows + self.tile_rows
-        return int(rows + int(BLOCK_ROWS) * (rows * self.panel * self.dtype.itemsize % PAGE == 0))
+        return rows + self.tile_rows if rows >= 8 * self.tile_rows else cpu_plan.rows_of_panel(n_rows, self.dtype)
 
     def _workspace(self) -> Workspace:
         line = cpu_plan.ALIGNMENT // self.dtype.itemsize

@@ -37,7 +37,7 @@ def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_
 def dense_forward(plan, layer, index, memory, n_rows, at, at_tile, first_row, step):
     """a = σ(a_prev W + b) for the tile at `at` in `passes` and at `at_tile` in `scratch`.
 
-    n_rows : a multiple of BLOCK_ROWS; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
+    n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
     """
     passes, scratch = memory.passes, memory.scratch
     a, a_prev = layer.a + at, layer.a_prev + at

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
-from backprop_gpu.kernels.numba_cpu.gemm import copy_panel
+from backprop_gpu.kernels.numba_cpu.gemm import copy_panel, prefetch_panel
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
 __all__ = ["gather", "gather_run", "pack", "unpack"]
+
+
+AHEAD = 512
+"""Elements of the rows that are asked for before they are copied: those of one image, or of 16 short rows.
+
+784 columns in any order, from 188 MB, for a mini-batch of 200: 24 µs instead of 40 on each of two threads of a Zen 5.
+Twice and ten times as many measured alike.
+"""
 
 
 @compiled
@@ -25,8 +33,10 @@ def copy(source, source_start, target, target_start, count):
 def gather(x, order, first, n_rows, tile, start, stride):
     """Rows order[first], …, order[first + n_rows − 1] of x, (·, n_columns), as the panels of a tile."""
     flat, n_columns = x.reshape(-1), x.shape[1]
+    ahead = max(1, AHEAD // n_columns)
     for r in range(n_rows):
-        gather_row(flat, order[first + r] * n_columns, n_columns, tile, start + r * panel_width(tile), stride)
+        here, later = order[first + r] * n_columns, order[first + min(r + ahead, n_rows - 1)] * n_columns
+        gather_row(flat, here, later, n_columns, tile, start + r * panel_width(tile), stride)
 
 
 @compiled
@@ -34,16 +44,18 @@ def gather_run(x, first, n_rows, tile, start, stride):
     """Rows first, …, first + n_rows − 1 of x as the panels of a tile."""
     flat, n_columns = x.reshape(-1), x.shape[1]
     for r in range(n_rows):
-        gather_row(flat, (first + r) * n_columns, n_columns, tile, start + r * panel_width(tile), stride)
+        here = (first + r) * n_columns  # the processor sees for itself what comes next
+        gather_row(flat, here, here, n_columns, tile, start + r * panel_width(tile), stride)
 
 
 @compiled
-def gather_row(x, x_start, n_columns, tile, start, stride):
-    """One row, from x[x_start] on, into the panels of a tile, at `start` in the first."""
+def gather_row(x, here, later, n_columns, tile, start, stride):
+    """The row from x[here] on into the panels of a tile, at `start` in the first; asks for the one from x[later] on."""
     panel = panel_width(tile)
     for p in range((n_columns + panel - 1) // panel):
         column = p * panel
-        copy(x, x_start + column, tile, start + p * stride, min(panel, n_columns - column))
+        prefetch_panel(x, later + column)
+        copy(x, here + column, tile, start + p * stride, min(panel, n_columns - column))
 
 
 @compiled

@@ -19,9 +19,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
-from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
 
-__all__ = ["copy_panel", "gemm_nn", "gemm_tn_block", "sum_rows", "transpose_square"]
+__all__ = ["copy_panel", "gemm_nn", "gemm_tn_block", "prefetch_panel", "sum_rows", "transpose_square"]
 
 UNROLL = 4
 """Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
@@ -162,7 +162,7 @@ def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
     return context.make_array(array_type)(context, builder, array).data
 
 
-def _block_nn(n_vectors: int) -> Any:
+def _block_nn(n_vectors: int, n_rows: int = BLOCK_ROWS) -> Any:
     @intrinsic
     def block_nn(typing_context, a, a_start, a_stride, b, b_start, c, c_start, depth, bias, bias_start):
         """One block of C = A B + bias, A in panels `a_stride` apart."""
@@ -172,7 +172,7 @@ def _block_nn(n_vectors: int) -> Any:
             a, b, c, bias = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
             vectors = _Vectors(builder, signature.args[0].dtype, n_vectors)
             panel = SIZE(vectors.panel)
-            block = _Block(vectors)
+            block = _Block(vectors, n_rows)
             block.start_from([vectors.load(p) for p in vectors.row(vectors.pointer(bias, bias_start), 0)])
             full = builder.udiv(depth, panel)
             with cgutils.for_range(builder, full) as loop:
@@ -256,6 +256,23 @@ def copy_panel(typing_context, x, x_start, y, y_start):
 
 
 @intrinsic
+def prefetch_panel(typing_context, x, start):
+    """Ask for one panel's width of elements, to be read soon; nothing happens where there are none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
+        start = vectors.pointer(_data(context, builder, signature.args[0], arguments[0]), arguments[1])
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        for pointer in vectors.row(start, 0):
+            builder.call(prefetch, [builder.bitcast(pointer, byte), flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), generate
+
+
+@intrinsic
 def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
     """y = xᵀ for BLOCK_ROWS × BLOCK_ROWS elements, in registers; from row to row it is `x_step`, `y_step` elements."""
 
@@ -278,6 +295,7 @@ def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
 
 # The last panel often holds few columns (10 classes, 1 output): then one vector a row is enough.
 _block_nn_full, _block_nn_narrow = _block_nn(VECTORS), _block_nn(1)
+_half_block_nn_full, _half_block_nn_narrow = _block_nn(VECTORS, HALF_BLOCK_ROWS), _block_nn(1, HALF_BLOCK_ROWS)
 _block_tn_full, _block_tn_narrow = _block_tn(VECTORS), _block_tn(1)
 
 
@@ -299,20 +317,27 @@ def gemm_nn(
     bias_start,
     bias_step,
 ):
-    """C = A B + bias, overwriting C: whole blocks, so n_rows rounded up to BLOCK_ROWS are read and written.
+    """C = A B + bias, overwriting C: n_rows rounded up to HALF_BLOCK_ROWS are read and written.
 
     a : (n_rows, depth); b : (depth, n_columns); c : (n_rows, n_columns), all in panels; bias : n_columns entries,
     `bias_step` from one panel's to the next (0: the same entries for each).
     """
     panel = panel_width(a)
+    whole = (n_rows + HALF_BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     for p in range((n_columns + panel - 1) // panel):
         narrow = n_columns - p * panel <= panel // VECTORS
         b_panel, c_panel, bias_panel = b_start + p * b_stride, c_start + p * c_stride, bias_start + p * bias_step
-        for i in range(0, n_rows * panel, BLOCK_ROWS * panel):
+        for i in range(0, whole * panel, BLOCK_ROWS * panel):
             if narrow:
                 _block_nn_narrow(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
             else:
                 _block_nn_full(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+        if whole < n_rows:
+            i = whole * panel
+            if narrow:
+                _half_block_nn_narrow(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+            else:
+                _half_block_nn_full(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
 
 
 @compiled

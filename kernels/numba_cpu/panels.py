@@ -21,7 +21,7 @@ import numpy as np
 from numba.core.registry import cpu_target
 from numba.extending import overload
 
-__all__ = ["BLOCK_ROWS", "VECTORS", "VECTOR_BYTES", "panel_width", "round_up", "width"]
+__all__ = ["BLOCK_ROWS", "HALF_BLOCK_ROWS", "VECTORS", "VECTOR_BYTES", "panel_width", "round_up", "width"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ def _target() -> tuple[str, str, str]:
 
 _REGISTERS = registers_of(*_target())
 VECTOR_BYTES, BLOCK_ROWS, VECTORS = _REGISTERS.vector_bytes, _REGISTERS.rows, _REGISTERS.vectors
+
+HALF_BLOCK_ROWS = BLOCK_ROWS // 2
+"""Rows are computed, and shared among threads, in so many: 200 are 100 for each of two, and not 96 and 104."""
 
 
 def width(dtype: Any) -> int:

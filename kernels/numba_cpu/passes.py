@@ -30,7 +30,7 @@ from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
-from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, rows_of, whole_blocks
+from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, computed, rows_of
 from backprop_gpu.kernels.numba_cpu.update import add
 
 __all__ = ["ALL", "LAYER", "NETWORK", "Work", "backward", "forward"]
@@ -181,7 +181,7 @@ def part_of_forward(thread, network, layers, addresses, work, barrier):
         at = thread * here.kept_span if here.kept_span else row * panel
         gather_run(X, row, n_rows, kept, layers[0].a_prev + at, here.kept_stride)
         for index in range(here.n_layers - 1):
-            layer_forward(thread, here, layers[index], index, work, kept, at, row, whole_blocks(n_rows))
+            layer_forward(thread, here, layers[index], index, work, kept, at, row, computed(n_rows))
         output_forward(thread, here, layers[here.n_layers - 1], work, kept, at, row, n_rows)
 
 
@@ -265,11 +265,11 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
     to = row * layer.n_out
     if layer.sigma == IDENTITY:
         tile, tiles, stride = thread * network.tile_span, work.tiles, network.tile_stride
-        a_prev, blocks = layer.a_prev + at, whole_blocks(n_rows)
+        a_prev, blocks = layer.a_prev + at, computed(n_rows)
         pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks)
         unpack(0, 1, tiles, tile, stride, n_rows, layer.n_out, out, to)
     else:
-        layer_forward(thread, network, layer, network.n_layers - 1, work, kept, at, row, whole_blocks(n_rows))
+        layer_forward(thread, network, layer, network.n_layers - 1, work, kept, at, row, computed(n_rows))
         unpack(0, 1, kept, layer.a + at, network.kept_stride, n_rows, layer.n_out, out, to)
 
 
@@ -319,7 +319,7 @@ def part_of_backward(thread, network, layers, addresses, work, barrier):
 @compiled
 def tile_backward(thread, network, layers, addresses, work, kept, deltas, row, n_rows, accumulate):
     """δ of every layer for a tile of rows; what is summed over them; ∂C/∂X."""
-    panel, blocks = panel_width(kept), whole_blocks(n_rows)
+    panel, blocks = panel_width(kept), computed(n_rows)
     at = row * panel
     at_delta = thread * network.delta_span if network.split_rows else at
     output_delta(thread, network, layers[network.n_layers - 1], work, kept, deltas, at, at_delta, row, n_rows)
@@ -346,7 +346,7 @@ def output_delta(thread, network, layer, work, kept, deltas, at, at_delta, row, 
     gather_run(d_out, row, n_rows, deltas, layer.delta + at_delta, network.delta_stride)
     if layer.sigma != IDENTITY:
         multiply_by_sigma(
-            thread, network, layer, network.n_layers - 1, work, kept, deltas, at, at_delta, row, whole_blocks(n_rows)
+            thread, network, layer, network.n_layers - 1, work, kept, deltas, at, at_delta, row, computed(n_rows)
         )
 
 
@@ -403,7 +403,7 @@ def times_transposed(layer, work, delta, delta_start, delta_stride, c, c_start, 
 def input_gradient(thread, network, layer, work, deltas, at_delta, row, n_rows):
     """Rows of ∂C/∂X = δ Wᵀ of the first layer."""
     tile, stride = thread * network.tile_span, network.tile_stride
-    delta, blocks = layer.delta + at_delta, whole_blocks(n_rows)
+    delta, blocks = layer.delta + at_delta, computed(n_rows)
     times_transposed(layer, work, deltas, delta, network.delta_stride, work.tiles, tile, stride, blocks)
     dX = vector(network.dX, network.n_rows * layer.n_in, deltas)
     unpack(0, 1, work.tiles, tile, stride, n_rows, layer.n_in, dX, row * layer.n_in)

@@ -27,7 +27,7 @@ from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpa
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import Batches, Memory
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
-from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
 
 __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train", "transpose"]
@@ -94,7 +94,7 @@ def infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums):
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
         add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
-        hidden_layers(here, layers, memory, whole_blocks(rows), at, at_tile, 0, -1)
+        hidden_layers(here, layers, memory, computed(rows), at, at_tile, 0, -1)
         if wanted == LABELS:
             winners(memory.passes, out, here.stride, rows, n_out, labels, row)
             continue
@@ -161,24 +161,24 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
 
 @compiled
 def rows_of(thread, n_threads, n_rows):
-    """The rows of one thread, first and last + 1: as even as whole blocks allow."""
-    blocks = (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    low = thread * blocks // n_threads * BLOCK_ROWS
-    high = (thread + 1) * blocks // n_threads * BLOCK_ROWS
+    """The rows of one thread, first and last + 1: as even as half blocks allow."""
+    halves = (n_rows + HALF_BLOCK_ROWS - 1) // HALF_BLOCK_ROWS
+    low = thread * halves // n_threads * HALF_BLOCK_ROWS
+    high = (thread + 1) * halves // n_threads * HALF_BLOCK_ROWS
     return min(n_rows, low), min(n_rows, high)
 
 
 @compiled
-def whole_blocks(n_rows):
-    """n_rows rounded up to BLOCK_ROWS: what the passes compute, where only n_rows count."""
-    return (n_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+def computed(n_rows):
+    """n_rows rounded up to half a block: what the passes compute, where only n_rows count."""
+    return (n_rows + HALF_BLOCK_ROWS - 1) // HALF_BLOCK_ROWS * HALF_BLOCK_ROWS
 
 
 @compiled
 def forward(plan, layers, batches, memory, first_row, row, n_rows, at, at_tile, dropout_step):
     """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
     layer = layers[plan.n_layers - 1]
-    hidden_layers(plan, layers, memory, whole_blocks(n_rows), at, at_tile, row, dropout_step)
+    hidden_layers(plan, layers, memory, computed(n_rows), at, at_tile, row, dropout_step)
     return output_delta(
         plan.loss,
         plan.loss_setting,
@@ -217,7 +217,7 @@ def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
         if plan.split_rows:
             weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate)
         if index > 0:
-            dense_backward(plan, layers[index - 1], layer, memory, whole_blocks(n_rows), at, at_tile)
+            dense_backward(plan, layers[index - 1], layer, memory, computed(n_rows), at, at_tile)
 
 
 @compiled
