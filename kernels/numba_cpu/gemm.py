@@ -21,7 +21,15 @@ from numba.extending import intrinsic
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
 
-__all__ = ["copy_panel", "gemm_nn", "gemm_tn_block", "prefetch_panel", "sum_rows", "transpose_square"]
+__all__ = [
+    "copy_panel",
+    "gemm_nn",
+    "gemm_tn_block",
+    "prefetch_panel",
+    "prefetch_panel_to_write",
+    "sum_rows",
+    "transpose_square",
+]
 
 UNROLL = 4
 """Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
@@ -255,21 +263,27 @@ def copy_panel(typing_context, x, x_start, y, y_start):
     return types.void(x, types.intp, y, types.intp), generate
 
 
-@intrinsic
-def prefetch_panel(typing_context, x, start):
-    """Ask for one panel's width of elements, to be read soon; nothing happens where there are none."""
+def _prefetch(to_write: int) -> Any:
+    @intrinsic
+    def prefetch(typing_context, x, start):
+        """Ask for one panel's width of elements, to be read soon, or written; nothing happens where there are none."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
-        start = vectors.pointer(_data(context, builder, signature.args[0], arguments[0]), arguments[1])
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        for pointer in vectors.row(start, 0):
-            builder.call(prefetch, [builder.bitcast(pointer, byte), flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
+            start = vectors.pointer(_data(context, builder, signature.args[0], arguments[0]), arguments[1])
+            byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+            for pointer in vectors.row(start, 0):
+                builder.call(prefetch, [builder.bitcast(pointer, byte), flag(to_write), flag(3), flag(1)])
+            return context.get_dummy_value()
 
-    return types.void(x, types.intp), generate
+        return types.void(x, types.intp), generate
+
+    return prefetch
+
+
+prefetch_panel, prefetch_panel_to_write = _prefetch(0), _prefetch(1)
 
 
 @intrinsic

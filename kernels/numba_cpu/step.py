@@ -215,7 +215,7 @@ def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
         layer = layers[index]
         bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
         if plan.split_rows:
-            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate)
+            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate, False)
         if index > 0:
             dense_backward(plan, layers[index - 1], layer, memory, computed(n_rows), at, at_tile)
 
@@ -257,9 +257,7 @@ def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate
     last_bias = plan.n_weights + (thread + 1) * biases // plan.n_threads
     size = block_size(memory)
     scale = 1.0
-    penalty = 0.0
-    if alpha > 0:
-        penalty = 0.5 * alpha * sum_squares(memory.parameters, memory.parameters, 0.0, first * size, last * size)
+    squares = 0.0
     sum_over_threads(plan, memory, first_bias, last_bias)
     clips = plan.clip_norm < math.inf
     if clips:
@@ -276,12 +274,14 @@ def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate
         row, shift = (thread, group * size) if at_once else (0, 0)
         if not clips:
             own_gradients(plan, layers, memory, row, group, end, shift, n_rows)
+        if alpha > 0:
+            squares += sum_squares(memory.parameters, memory.parameters, 0.0, group * size, end * size)
         update_range(
             plan, memory, settings, row, group * size, end * size, shift, learning_rate, alpha, scale, step, False
         )
         transpose_range(plan, layers, memory, group, end)
     update_range(plan, memory, settings, 0, first_bias, last_bias, 0, learning_rate, 0.0, scale, step, True)
-    return penalty
+    return 0.5 * alpha * squares
 
 
 @compiled
@@ -293,13 +293,15 @@ def own_gradients(plan, layers, memory, row, first, last, shift, n_rows):
         return
     panel = panel_width(memory.passes)
     for start_row in range(0, n_rows, CHUNK_ROWS):
-        rows = min(CHUNK_ROWS, n_rows - start_row)
+        rows, is_last = min(CHUNK_ROWS, n_rows - start_row), start_row + CHUNK_ROWS >= n_rows
         for index in range(plan.n_layers):
             layer = layers[index]
             start = layer.W // size
             low, high = max(first - start, 0), min(last - start, blocks_in(layer, memory))
             if low < high:
-                weight_gradients(plan, layer, memory, row, low, high, shift, rows, start_row * panel, start_row > 0)
+                weight_gradients(
+                    plan, layer, memory, row, low, high, shift, rows, start_row * panel, start_row > 0, is_last
+                )
 
 
 @compiled
