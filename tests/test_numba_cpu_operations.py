@@ -44,7 +44,23 @@ START, GAP = 3, 5
 N_ROWS, FIRST = 11, 4
 """Rows of a tile, and the first of them among those of the mini-batch."""
 
-SHAPES = [(1, 8), (1, 1), (2, 16), (7, 8), (7, 7), (10, 32), (33, 16), (33, 33), (65, 32), (65, 65), (24, 24), (16, 8)]
+SHAPES = [
+    (1, 8),
+    (1, 1),
+    (2, 16),
+    (7, 8),
+    (7, 7),
+    (10, 32),
+    (4, 8),
+    (16, 32),
+    (17, 32),
+    (33, 16),
+    (33, 33),
+    (65, 32),
+    (65, 65),
+    (24, 24),
+    (16, 8),
+]
 """(columns, width of a panel); row-major where they are equal."""
 
 shapes = pytest.mark.parametrize(("n_columns", "width"), SHAPES, ids=[f"{n}in{w}" for n, w in SHAPES])
@@ -286,7 +302,20 @@ def test_elementwise_losses_of_huge_and_infinite_outputs(dtype, tolerance, loss,
 
 
 @cases
-@pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.parametrize("width", [5, 8, 16])
+def test_whatever_z_is_in_a_row_of_weight_0_it_counts_for_nothing(dtype, close, loss, kind, width):
+    z, target = draw(5, dtype), draw(5, dtype, kind)
+    expected_cost, expected_delta = reference_delta(loss, z, target, WEIGHT)
+    for value in (np.nan, np.inf, -np.inf):
+        z[WEIGHT == 0] = value
+        cost, delta = tile_delta(loss, z, target, WEIGHT, width=width)
+        assert not delta[WEIGHT == 0].any()
+        close(cost, expected_cost)
+        close(delta, expected_delta)
+
+
+@cases
+@pytest.mark.parametrize("width", [5, 8, 16])
 def test_nan_in_z_is_nan_out_where_it_should_be(dtype, loss, kind, width):
     for sign in (1, -1):
         z, target = draw(5, dtype), draw(5, dtype, kind)
