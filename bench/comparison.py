@@ -18,8 +18,8 @@ from bench.tasks import TASKS
 
 __all__ = ["ROUNDS", "Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
 
-FASTEST_RUN, SLOWEST_RUN = 0.01, 0.2
-"""A run lasts at least 10 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
+FASTEST_RUN, SLOWEST_RUN = 0.007, 0.2
+"""A run lasts at least 7 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
 RUNS, RUNS_SECONDS = 4, 0.4
 """A sample is the fastest of so many runs, one after the other, or of as many as the slowest contender makes in 0.4 s.
 On a virtual machine every fourth run of 20 ms was slowed down by what no counter shows. Resampled from 1,600 of those,
@@ -38,9 +38,9 @@ OTHERS_SHARE = 0.05
 """A sample is contended when other processes take more than 5 % of a processor meanwhile,"""
 CORES_DROP = 0.8
 """or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has,"""
-FAR, PATIENCE = 3.0, 120.0
+FAR, PATIENCE = 3.0, 60.0
 """or when the processors are three times as far from each other as at their nearest; samples wait for that to pass, all
-of a run together 120 s."""
+of a run together 60 s."""
 ENOUGH = 8
 """Samples after which it can be said that the machine is busy throughout."""
 ATTEMPTS, ATTEMPT_SECONDS = 4, 10.0

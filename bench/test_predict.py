@@ -15,4 +15,4 @@ ROWS = 100_000
 def test_predict(network, contender, arena, rivals, replay):
     """From rows in memory to labels in memory."""
     case = replace(NETWORKS[network], batch_size=ROWS, n_batches=1)
-    replay(f"predict, {network}", lambda: arena.compared("prediction", case, rivals))
+    replay(f"predict, {network}", lambda: arena.compared("prediction", case, rivals, quick=True))

@@ -266,12 +266,27 @@ def test_samples_wait_until_the_processors_are_near_but_not_for_ever(monkeypatch
     waited = []
     monkeypatch.setattr(distance.time, "sleep", waited.append)
     distances = iter([1.0, 4.0, 4.0, 2.0] + [4.0] * 9)
-    apart = Distance(3.0, 4.5 * distance.PAUSE, lambda: next(distances))
+    apart = Distance(3.0, 4.5 * distance.PAUSE, lambda: next(distances), near=1.0)
     assert apart.wait_until_near() == pytest.approx(1 / 3)
     assert apart.wait_until_near() == pytest.approx(2 / 3)
     assert len(waited) == 2
     assert apart.wait_until_near() == pytest.approx(4 / 3)
     assert len(waited) == 5
+
+
+def test_a_run_that_begins_with_processors_far_apart_waits_too(monkeypatch):
+    monkeypatch.setattr(distance.time, "sleep", lambda _: None)
+    distances = iter([4.0, 4.0, 1.0])
+    apart = Distance(3.0, 1.0, lambda: next(distances), near=1.2)
+    assert apart.wait_until_near() == pytest.approx(1 / 3)
+
+
+def test_processors_that_are_never_near_are_waited_for_once(monkeypatch):
+    waited = []
+    monkeypatch.setattr(distance.time, "sleep", waited.append)
+    apart = Distance(3.0, 2 * distance.PAUSE, lambda: 4.0, near=1.0)
+    assert [apart.wait_until_near() for _ in range(3)] == [pytest.approx(1 / 3)] * 3
+    assert len(waited) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a processor here")
