@@ -27,7 +27,7 @@ HANDOVERS, PARTS = 4000, 3
 most of them to start and bind the threads."""
 
 NEAR = 50e-9
-"""What a cache line takes at most, at its fastest, between cores that share a cache; 28 to 40 ns on a Zen 4 and a Zen 5.
+"""What a cache line takes at most, at its fastest, between cores that share a cache: 28 to 40 ns on Zen 4 and 5.
 A run that begins while they share none has to know: one took 200 ns for near."""
 
 PAUSE = 0.05
