@@ -15,11 +15,14 @@ is; `transposed` is the one place where it is copied.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +36,7 @@ from backprop_gpu.backends.passes import Dropout, Network
 __all__ = ["Compiled", "Fused", "Operations", "Passes", "composed", "transposed"]
 
 Gradients = list[Tensor | None]
+Bytes = npt.NDArray[np.uint8]
 
 
 class Passes(Protocol):
@@ -143,10 +147,11 @@ class Compiled:
     """Compiled passes on PyTorch's number of threads, or fewer where something else limits this process."""
 
     def __init__(self, network: Network, dtype: torch.dtype, n_threads: int) -> None:
-        from backprop_gpu.backends import cpu_passes  # not before it is needed: Numba takes its time
+        from backprop_gpu.backends import cpu_passes, cpu_plan  # not before they are needed: Numba takes its time
 
         self.network = network
         self._passes = cpu_passes.Passes(network, str(dtype).removeprefix("torch."), n_threads, _team())
+        self._memory = Memory(dtype, cpu_plan.zeros)
 
     def forward(
         self, X: Tensor, parameters: Sequence[Tensor | None], dropout: Dropout | None, *, keep: bool
@@ -155,7 +160,7 @@ class Compiled:
         X, held = _plain(X), [p if p is None else p.contiguous() for p in parameters]
         n_rows = X.shape[0]
         out = X.new_empty((n_rows, self.network.layer_sizes[-1]))
-        kept = [X.new_empty(self._passes.n_kept(n_rows))] if keep else []
+        kept = [self._memory.take(self._passes.n_kept(n_rows))] if keep else []
         if n_rows:
             to = kept[0].data_ptr() if keep else 0
             self._passes.forward(n_rows, X.data_ptr(), _addresses(held), out.data_ptr(), to, dropout)
@@ -180,7 +185,7 @@ class Compiled:
             return [g if g is None else g.zero_() for g in gradients]
         d_out, held = _plain(d_out), [p if p is None else p.contiguous() for p in parameters]
         n_deltas = self._passes.n_deltas(n_rows)
-        deltas = X.new_empty(n_deltas) if n_deltas else None
+        deltas = self._memory.take(n_deltas) if n_deltas else None
         self._passes.backward(
             n_rows,
             _addresses(held),
@@ -191,6 +196,41 @@ class Compiled:
             dropout,
         )
         return gradients
+
+
+SMALL, HUGE, SIZES = 256 << 10, 256 << 20, 4
+"""Bytes of what is left to PyTorch's allocator, and of what is kept for later, in so many sizes, one of each."""
+
+
+class Memory:
+    """Vectors to work with, of which large ones are used again and again.
+
+    The C library may give what is free back to the system, for it to bring in every page anew: network N under autograd
+    took 3.6 ms in one process, and 8 ms in the next.
+    """
+
+    def __init__(self, dtype: torch.dtype, zeros: Callable[[int], Bytes]) -> None:
+        self._dtype, self._zeros = dtype, zeros
+        self._free: dict[int, Bytes] = {}
+        self._lent: dict[int, tuple[weakref.ref[Bytes], Bytes]] = {}
+
+    def take(self, size: int) -> Tensor:
+        """`size` numbers, whatever they are: until nobody holds the tensor, nor a view of it."""
+        n_bytes = size * self._dtype.itemsize
+        if not SMALL <= n_bytes <= HUGE:
+            return torch.empty(size, dtype=self._dtype)
+        memory = self._free.pop(n_bytes, None)
+        if memory is None:
+            memory = self._zeros(n_bytes)
+        view = memory[:]  # PyTorch holds it as long as it needs the memory
+        self._lent[id(view)] = weakref.ref(view, partial(self._give_back, id(view))), memory
+        return torch.from_numpy(view).view(self._dtype)
+
+    def _give_back(self, key: int, _: object) -> None:
+        _, memory = self._lent.pop(key)
+        if len(self._free) >= SIZES:
+            self._free.clear()
+        self._free[memory.size] = memory
 
 
 @cache
