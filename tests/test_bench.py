@@ -33,6 +33,12 @@ CONTENDERS = [
 """Those that work here, but for the one that compiles for many seconds."""
 
 
+@pytest.fixture(autouse=True)
+def _processors_are_near(monkeypatch):
+    """Where they are not, every comparison would wait for it."""
+    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: 0.0))
+
+
 # Cases
 
 
@@ -206,7 +212,6 @@ class Scripted:
     def __init__(self, monkeypatch, number=None, others=(), fails_at=None):
         self.number, self.others, self.samples, self.fails_at = number, list(others), 0, fails_at
         monkeypatch.setattr(comparison, "Others", lambda process: process)
-        monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: 0.0))
         monkeypatch.setattr(comparison.time, "perf_counter", lambda: Scripted.now)
 
     def ask(self, do, **arguments):
