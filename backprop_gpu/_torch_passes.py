@@ -18,7 +18,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -212,7 +212,6 @@ class Memory:
     def __init__(self, dtype: torch.dtype, zeros: Callable[[int], Bytes]) -> None:
         self._dtype, self._zeros = dtype, zeros
         self._free: dict[int, Bytes] = {}
-        self._lent: dict[int, tuple[weakref.ref[Bytes], Bytes]] = {}
 
     def take(self, size: int) -> Tensor:
         """`size` numbers, whatever they are: until nobody holds the tensor, nor a view of it."""
@@ -223,11 +222,10 @@ class Memory:
         if memory is None:
             memory = self._zeros(n_bytes)
         view = memory[:]  # PyTorch holds it as long as it needs the memory
-        self._lent[id(view)] = weakref.ref(view, partial(self._give_back, id(view))), memory
+        weakref.finalize(view, self._give_back, memory).atexit = False
         return torch.from_numpy(view).view(self._dtype)
 
-    def _give_back(self, key: int, _: object) -> None:
-        _, memory = self._lent.pop(key)
+    def _give_back(self, memory: Bytes) -> None:
         if len(self._free) >= SIZES:
             self._free.clear()
         self._free[memory.size] = memory

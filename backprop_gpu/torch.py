@@ -66,8 +66,8 @@ class FusedMLP(nn.Module):
     Those modules are its children, and hold parameters and settings; they are not called, so hooks on them do not run.
     A `Dropout` child's own `p` and `training` count.
 
-    On the CPU it keeps memory for the next pass: for what a forward pass leaves for its backward pass, one piece of up
-    to 256 MiB for each of the last few numbers of rows.
+    On the CPU it keeps memory for the next passes, four pieces of up to 256 MiB at most: as much as what a forward pass
+    leaves for its backward pass, for the last few numbers of rows.
 
     Parameters
     ----------

@@ -24,7 +24,8 @@ __all__ = ["Arena", "Measured", "void_where_scores_differ"]
 SEARCH, QUICK_SEARCH = 60.0, 5.0
 """Seconds of building, beside the others, after which no further way of a peer is tried."""
 QUICK_ROUNDS = 2 / 3
-"""Of the rounds of others: there are many quick comparisons of a kind, and the report tells their worst, or a curve."""
+"""Of the rounds of others: there are many quick comparisons of a kind, and the report tells their worst, or a curve; or
+a round takes seconds."""
 
 FIRST_STEPS = {"cold": 1, "warm": 2}
 """Rounds of new processes."""

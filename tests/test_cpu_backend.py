@@ -127,10 +127,11 @@ def test_threads_take_as_many_rows():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_panels_of_a_mini_batch_are_no_whole_pages_apart(dtype):
+    architecture, itemsize = network("numpy").architecture, np.dtype(dtype).itemsize
     for n_rows in (1, 31, 128, 512, 1000):
-        rows = cpu_plan.rows_of_panel(n_rows, dtype)
-        assert rows >= n_rows
-        assert rows * panels.width(dtype) * np.dtype(dtype).itemsize % 4096 != 0
+        layout = cpu_plan.Layout(architecture, cpu_plan.Plan(1, panels.BLOCK_ROWS, False), n_rows, dtype)
+        assert layout.stride >= n_rows * panels.width(dtype)
+        assert layout.stride * itemsize % 4096 != 0
 
 
 def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):

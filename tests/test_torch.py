@@ -1,7 +1,6 @@
 """`backprop_gpu.torch`: FusedMLP under autograd against the plain nn.Sequential, and conversions."""
 
 import copy
-import gc
 import io
 import os
 import pickle
@@ -727,9 +726,6 @@ def test_to_mlp_of_a_regression_without_biases():
     assert _gap(from_mlp(net)(X), plain(X)) <= FLOAT32
 
 
-# What stands around it
-
-
 # Memory that is used again
 
 
@@ -765,12 +761,6 @@ def test_memory_of_few_sizes_is_kept_and_none_that_is_small_or_huge(monkeypatch)
     assert not lender._free
 
 
-def test_memory_outlives_who_lends_it():
-    tensor = memory().take(LARGE).fill_(3)
-    gc.collect()
-    assert (tensor == 3).all()
-
-
 @pytest.mark.parametrize("sizes", [(32, 64, 64, 16), (300, 257, 131, 7)])
 def test_graphs_that_are_alive_at_the_same_time_keep_memory_of_their_own(sizes):
     mlp, plain = _pair(sizes)
@@ -786,6 +776,9 @@ def test_graphs_that_are_alive_at_the_same_time_keep_memory_of_their_own(sizes):
         assert _gap(actual.grad, expected.grad) <= FLOAT32
     kept = [passes._memory._free for passes in mlp._passes.values()]
     assert any(kept)
+
+
+# What stands around it
 
 
 def test_import_of_the_package_does_not_import_torch():

@@ -40,10 +40,6 @@ It takes 2.4 µs to reach them, but each then reads what the others have written
 forward and backward under autograd take 215 µs on one thread and 211 on two (Zen 4).
 """
 
-SHARED_TILE_BYTES = 512 << 10
-"""What a tile may take where every thread reads all weights anew for each: half of the second-level cache."""
-
-
 VARIABLE = struct.Struct("Q7q")
 """What a call changes of a NETWORK record: `seed` and all after it."""
 
@@ -151,8 +147,7 @@ class Passes:
 
     def _tile_rows(self) -> int:
         """Rows that a thread takes through all layers at a time: as many as its cache holds."""
-        most = cpu_plan.TILE_BYTES if self.split_rows else SHARED_TILE_BYTES
-        rows = most // (self.dtype.itemsize * (self.kept_columns + self.delta_columns))
+        rows = cpu_plan.TILE_BYTES // (self.dtype.itemsize * (self.kept_columns + self.delta_columns))
         return int(max(BLOCK_ROWS, min(cpu_plan.TILE_ROWS, rows) // BLOCK_ROWS * BLOCK_ROWS))
 
     # Memory
@@ -168,7 +163,7 @@ class Passes:
     def _shared_rows(self, n_rows: int) -> int:
         """Rows of a panel that holds all rows: whole blocks, and not as many bytes as would make panels collide."""
         rows = int(round_up(n_rows, BLOCK_ROWS))
-        return rows + self.tile_rows if rows >= 8 * self.tile_rows else cpu_plan.rows_of_panel(n_rows, self.dtype)
+        return rows + self.tile_rows if rows >= 8 * self.tile_rows else cpu_plan.rows_of_panel(rows, self.dtype)
 
     def _workspace(self) -> Workspace:
         line = cpu_plan.ALIGNMENT // self.dtype.itemsize

@@ -32,7 +32,10 @@ HUGE_PAGE = 2 << 20
 PAGE = 4096
 
 TILE_BYTES = 512 << 10
-"""What a tile may take of a core's cache, with a and δ of every layer."""
+"""What a tile may take of a core's cache, with a and δ of every layer: half of a second-level cache.
+
+784-256-128-10 with 200 rows on two cores of a Zen 5: 490 µs a step with half as much, 483 with this, 477 with twice.
+"""
 
 TILE_ROWS = 128
 

@@ -223,7 +223,7 @@ def copy_transposed(flat, n_columns, first_row, last_row, first_column, last_col
 
 @compiled
 def layer_forward(thread, network, layer, index, work, kept, at, row, n_rows):
-    """a = σ(a_prev W + b), with dropout, for a tile of whole blocks."""
+    """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks."""
     stride, count, panel = network.kept_stride, n_rows * panel_width(kept), panel_width(kept)
     z = (layer.z if layer.from_z else layer.a) + at
     pre_activation(layer, work.packed, kept, layer.a_prev + at, stride, kept, z, stride, n_rows)
@@ -369,7 +369,7 @@ def multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_
 
 @compiled
 def layer_backward(thread, network, layer, index, next_layer, work, kept, deltas, at, at_delta, row, n_rows):
-    """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole blocks."""
+    """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole half blocks."""
     stride = network.delta_stride
     times_transposed(
         next_layer, work, deltas, next_layer.delta + at_delta, stride, deltas, layer.delta + at_delta, stride, n_rows
