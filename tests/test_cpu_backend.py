@@ -372,7 +372,8 @@ rng = np.random.default_rng(0)
 for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
     w = width(dtype)
     assert w % BLOCK_ROWS == 0 and w % 4 == 0
-    shapes = (1, 1, 1), (BLOCK_ROWS - 1, 5, 3), (BLOCK_ROWS + 1, w - 1, w + 1), (31, 2 * w + 3, 2 * w), (13, w, 7)
+    shapes = [(1, 1, 1), (BLOCK_ROWS - 1, 5, 3), (BLOCK_ROWS + 1, w - 1, w + 1), (31, 2 * w + 3, 2 * w), (13, w, 7)]
+    shapes += [(7, 5, w + m) for m in range(1, w)]  # each number of vectors in the last panel, whole or not
     for n, k, m in shapes:
         A, B, D = (rng.standard_normal(shape).astype(dtype) for shape in ((n, k), (k, m), (n, m)))
         bias = np.zeros(round_up(m, w), dtype)
@@ -413,6 +414,40 @@ def test_products_for_every_width_of_vector(cpu, vector_bytes):
     )
     assert result.returncode == 0, result.stderr
     assert vector_bytes is None or int(result.stdout) == vector_bytes
+
+
+MASKED_STORES = """
+import re
+import numpy as np
+from backprop_gpu.kernels.numba_cpu import activations, output_delta
+from backprop_gpu.kernels.numba_cpu.compile import executable
+
+loops = {
+    "σ": (activations.apply.py_func, 0, "x", 0, "x", 0, 1),
+    "σ′": (activations.multiply_by_derivative.py_func, 0, "x", 0, 1.0, "x", 0, 1),
+    "most": (output_delta.most_of_columns, "x", 0, 1, 1, 1),
+}
+for name, (function, *arguments) in loops.items():
+    for dtype in ("float32", "float64"):
+        compiled = executable(function)
+        compiled(*(np.zeros(2, dtype) if argument == "x" else argument for argument in arguments))
+        (code,) = compiled.inspect_asm().values()
+        assert len(re.findall(r"vmulp[sd]|vmaxp[sd]|vblendvp[sd]", code)) > 0, (name, dtype, "not vectorised")
+        stores = re.findall(r"vp?maskmov[a-z]+\\s+%ymm\\d+, %ymm\\d+, .*", code)
+        assert not stores, (name, dtype, stores)
+"""
+
+
+def test_no_loop_writes_only_what_changes():
+    # Without AVX-512 that is a masked store, for which AMD's processors take a dozen cycles.
+    llvm = pytest.importorskip("llvmlite.binding")
+    if not llvm.get_process_triple().startswith("x86_64"):
+        pytest.skip("masked stores of AVX2: this is not a processor of that architecture")
+    chosen = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MASKED_STORES)], env=os.environ | chosen, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_dropout_of_the_operations_is_the_contracts():

@@ -29,6 +29,7 @@ from backprop_gpu.kernels.numba_cpu.elementary import (
     sigmoid_pair,
     sin,
     tanh,
+    written_anyway,
 )
 
 __all__ = ["CODES", "apply", "multiply_by_derivative"]
@@ -50,20 +51,20 @@ def identity(z: Any) -> Any:
 def relu(z: Any) -> Any:
     """max(z, 0)."""
     zero = type(z)(0)
-    return zero if z < zero else z
+    return written_anyway(zero if z < zero else z)
 
 
 @inlined
 def leaky_relu(z: Any) -> Any:
     """max(z, slope · z)."""
-    return type(z)(LEAKY_SLOPE) * z if z < type(z)(0) else z
+    return written_anyway(type(z)(LEAKY_SLOPE) * z if z < type(z)(0) else z)
 
 
 @inlined
 def elu(z: Any) -> Any:
     """z where z > 0, else e^z − 1."""
     u = expm1(z)
-    return z if z > type(z)(0) else u
+    return written_anyway(z if z > type(z)(0) else u)
 
 
 @inlined

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from backprop_gpu.kernels.numba_cpu.compile import compiled
-from backprop_gpu.kernels.numba_cpu.gemm import copy_panel, prefetch_panel
-from backprop_gpu.kernels.numba_cpu.panels import panel_width
+from backprop_gpu.kernels.numba_cpu.gemm import copy_vectors, prefetch_panel
+from backprop_gpu.kernels.numba_cpu.panels import VECTORS, panel_width
 
 __all__ = ["gather", "gather_run", "pack", "unpack"]
 
@@ -20,13 +22,10 @@ Four and twelve times as many measured alike.
 @compiled
 def copy(source, source_start, target, target_start, count):
     """A run of elements, a panel's width at most."""
-    if count == panel_width(target):
-        copy_panel(source, source_start, target, target_start)
-        return
-    # Slices, since an index that Numba cannot see to be positive keeps a loop from vectorising.
-    a, b = source[source_start : source_start + count], target[target_start : target_start + count]
-    for i in range(count):
-        b[i] = a[i]
+    lanes = panel_width(target) // VECTORS
+    copy_vectors(source, source_start, target, target_start, count // lanes)
+    for i in range(np.uintp(count // lanes * lanes), np.uintp(count)):
+        target[np.uintp(target_start) + i] = source[np.uintp(source_start) + i]
 
 
 @compiled

@@ -11,6 +11,7 @@ form, so the loop is written as LLVM's own vector operations, which it compiles 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +23,7 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
 
 __all__ = [
-    "copy_panel",
+    "copy_vectors",
     "gemm_nn",
     "gemm_tn_block",
     "prefetch_panel",
@@ -170,62 +171,77 @@ def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
     return context.make_array(array_type)(context, builder, array).data
 
 
-def _block_nn(n_vectors: int, n_rows: int = BLOCK_ROWS) -> Any:
+def _for_each_width(builder: Any, n_vectors: Any, generate: Callable[[int], None]) -> None:
+    """The code of `generate` for as many vectors a row as are in use, of which each number has its own."""
+    for width in range(1, VECTORS + 1):
+        with builder.if_then(builder.icmp_unsigned("==", n_vectors, SIZE(width))):
+            generate(width)
+
+
+def _block_nn(n_rows: int) -> Any:
     @intrinsic
-    def block_nn(typing_context, a, a_start, a_stride, b, b_start, c, c_start, depth, bias, bias_start):
-        """One block of C = A B + bias, A in panels `a_stride` apart."""
+    def block_nn(typing_context, a, a_start, a_stride, b, b_start, c, c_start, depth, bias, bias_start, n_vectors):
+        """One block of C = A B + bias, A in panels `a_stride` apart, in the first n_vectors of each row."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, a_start, a_stride, _, b_start, _, c_start, depth, _, bias_start = arguments
+            _, a_start, a_stride, _, b_start, _, c_start, depth, _, bias_start, n_vectors = arguments
             a, b, c, bias = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
-            vectors = _Vectors(builder, signature.args[0].dtype, n_vectors)
-            panel = SIZE(vectors.panel)
-            block = _Block(vectors, n_rows)
-            block.start_from([vectors.load(p) for p in vectors.row(vectors.pointer(bias, bias_start), 0)])
-            full = builder.udiv(depth, panel)
-            with cgutils.for_range(builder, full) as loop:
+
+            def generate_width(width: int) -> None:
+                vectors = _Vectors(builder, signature.args[0].dtype, width)
+                panel = SIZE(vectors.panel)
+                block = _Block(vectors, n_rows)
+                block.start_from([vectors.load(p) for p in vectors.row(vectors.pointer(bias, bias_start), 0)])
+                full = builder.udiv(depth, panel)
+                with cgutils.for_range(builder, full) as loop:
+                    block.add_products(
+                        vectors.pointer(a, a_start, builder.mul(loop.index, a_stride)),
+                        vectors.panel,
+                        1,
+                        vectors.pointer(b, b_start, builder.mul(loop.index, SIZE(vectors.panel**2))),
+                        panel,
+                    )
                 block.add_products(
-                    vectors.pointer(a, a_start, builder.mul(loop.index, a_stride)),
+                    vectors.pointer(a, a_start, builder.mul(full, a_stride)),
                     vectors.panel,
                     1,
-                    vectors.pointer(b, b_start, builder.mul(loop.index, SIZE(vectors.panel**2))),
-                    panel,
+                    vectors.pointer(b, b_start, builder.mul(full, SIZE(vectors.panel**2))),
+                    builder.urem(depth, panel),
                 )
-            block.add_products(
-                vectors.pointer(a, a_start, builder.mul(full, a_stride)),
-                vectors.panel,
-                1,
-                vectors.pointer(b, b_start, builder.mul(full, SIZE(vectors.panel**2))),
-                builder.urem(depth, panel),
-            )
-            block.write(vectors.pointer(c, c_start))
+                block.write(vectors.pointer(c, c_start))
+
+            _for_each_width(builder, n_vectors, generate_width)
             return context.get_dummy_value()
 
         size = types.intp
-        return types.void(a, size, size, b, size, c, size, size, bias, size), generate
+        return types.void(a, size, size, b, size, c, size, size, bias, size, size), generate
 
     return block_nn
 
 
-def _block_tn(n_vectors: int) -> Any:
-    @intrinsic
-    def block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumulate):
-        """One block of C = Aᵀ B or C += Aᵀ B, over `depth` rows of A's panel and of B's."""
+_block_nn_whole, _block_nn_half = _block_nn(BLOCK_ROWS), _block_nn(HALF_BLOCK_ROWS)
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, a_start, _, b_start, _, c_start, depth, accumulate = arguments
-            a, b, c = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
-            vectors = _Vectors(builder, signature.args[0].dtype, n_vectors)
+
+@intrinsic
+def _block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumulate, n_vectors):
+    """One block of C = Aᵀ B or C += Aᵀ B, over `depth` rows of A's panel and of the first n_vectors of B's."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, a_start, _, b_start, _, c_start, depth, accumulate, n_vectors = arguments
+        a, b, c = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
+
+        def generate_width(width: int) -> None:
+            vectors = _Vectors(builder, signature.args[0].dtype, width)
             block = _Block(vectors)
-            block.start_from([vectors.zero] * n_vectors)
+            block.start_from([vectors.zero] * width)
             block.add_products(vectors.pointer(a, a_start), 1, vectors.panel, vectors.pointer(b, b_start), depth)
             block.write_or_add(vectors.pointer(c, c_start), accumulate)
-            return context.get_dummy_value()
 
-        size = types.intp
-        return types.void(a, size, b, size, c, size, size, types.boolean), generate
+        _for_each_width(builder, n_vectors, generate_width)
+        return context.get_dummy_value()
 
-    return block_tn
+    size = types.intp
+    return types.void(a, size, b, size, c, size, size, types.boolean, size), generate
 
 
 @intrinsic
@@ -248,19 +264,23 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
 
 
 @intrinsic
-def copy_panel(typing_context, x, x_start, y, y_start):
-    """One panel's width of elements from x to y, in registers: half the time of a loop that LLVM vectorises."""
+def copy_vectors(typing_context, x, x_start, y, y_start, n_vectors):
+    """n_vectors of one panel's row from x to y, in registers: half the time of a loop that LLVM vectorises."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, x_start, _, y_start = arguments
+        _, x_start, _, y_start, n_vectors = arguments
         x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
-        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
-        source, target = (vectors.row(vectors.pointer(*at), 0) for at in ((x, x_start), (y, y_start)))
-        for value, pointer in zip([vectors.load(pointer) for pointer in source], target, strict=True):
-            vectors.store(value, pointer)
+
+        def generate_width(width: int) -> None:
+            vectors = _Vectors(builder, signature.args[0].dtype, width)
+            source, target = (vectors.row(vectors.pointer(*at), 0) for at in ((x, x_start), (y, y_start)))
+            for value, pointer in zip([vectors.load(pointer) for pointer in source], target, strict=True):
+                vectors.store(value, pointer)
+
+        _for_each_width(builder, n_vectors, generate_width)
         return context.get_dummy_value()
 
-    return types.void(x, types.intp, y, types.intp), generate
+    return types.void(x, types.intp, y, types.intp, types.intp), generate
 
 
 def _prefetch(to_write: int) -> Any:
@@ -307,10 +327,11 @@ def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
     return types.void(x, size, size, y, size, size), generate
 
 
-# The last panel often holds few columns (10 classes, 1 output): then one vector a row is enough.
-_block_nn_full, _block_nn_narrow = _block_nn(VECTORS), _block_nn(1)
-_half_block_nn_full, _half_block_nn_narrow = _block_nn(VECTORS, HALF_BLOCK_ROWS), _block_nn(1, HALF_BLOCK_ROWS)
-_block_tn_full, _block_tn_narrow = _block_tn(VECTORS), _block_tn(1)
+@compiled
+def vectors_in_use(x, n_columns):
+    """Vectors in a row of a panel of which n_columns, or all, are in use: the last panel often holds few."""
+    lanes = panel_width(x) // VECTORS
+    return min(VECTORS, (n_columns + lanes - 1) // lanes)
 
 
 @compiled
@@ -339,19 +360,13 @@ def gemm_nn(
     panel = panel_width(a)
     whole = (n_rows + HALF_BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     for p in range((n_columns + panel - 1) // panel):
-        narrow = n_columns - p * panel <= panel // VECTORS
+        n = vectors_in_use(a, n_columns - p * panel)
         b_panel, c_panel, bias_panel = b_start + p * b_stride, c_start + p * c_stride, bias_start + p * bias_step
         for i in range(0, whole * panel, BLOCK_ROWS * panel):
-            if narrow:
-                _block_nn_narrow(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
-            else:
-                _block_nn_full(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+            _block_nn_whole(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel, n)
         if whole < n_rows:
             i = whole * panel
-            if narrow:
-                _half_block_nn_narrow(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
-            else:
-                _half_block_nn_full(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel)
+            _block_nn_half(a, a_start + i, a_stride, b, b_panel, c, c_panel + i, depth, bias, bias_panel, n)
 
 
 @compiled
@@ -361,7 +376,4 @@ def gemm_tn_block(a, a_start, b, b_start, c, c_start, depth, n_columns, accumula
     Overwrites the block at c_start, its padding with 0, or adds to it. Sums over `depth` rows in one go: keep that to
     a tile.
     """
-    if n_columns <= panel_width(a) // VECTORS:
-        _block_tn_narrow(a, a_start, b, b_start, c, c_start, depth, accumulate)
-    else:
-        _block_tn_full(a, a_start, b, b_start, c, c_start, depth, accumulate)
+    _block_tn(a, a_start, b, b_start, c, c_start, depth, accumulate, vectors_in_use(a, n_columns))
