@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from bench.cases import Case
-from bench.comparison import ATTEMPTS, Comparison, Row, compare, interleaved, uncontended
+from bench.comparison import ATTEMPTS, FEWEST_STEPS, Comparison, Row, compare, interleaved, uncontended
 from bench.contenders import contender
 from bench.datasets import FITS
 from bench.estimators import JOBS, TOLERANCE
@@ -104,7 +104,8 @@ class Arena:
     def _compare(self, what: str, case: Case, names: Sequence[str], quick: bool) -> dict[str, Measured]:
         running, search = self.running(names), QUICK_SEARCH if quick else SEARCH
         rounds = math.ceil(QUICK_ROUNDS * self.rounds) if quick else self.rounds
-        comparison: Comparison = compare(case, running, what, rounds=rounds, search=search, say=self.say)
+        fewest = FEWEST_STEPS if what == "training" and not quick else 1
+        comparison: Comparison = compare(case, running, what, rounds=rounds, fewest=fewest, search=search, say=self.say)
         for process in running.values():
             with suppress(Failed):  # its row says so
                 process.ask("end")

@@ -18,8 +18,12 @@ from bench.tasks import TASKS
 
 __all__ = ["ROUNDS", "Comparison", "Row", "compare", "interleaved", "quartiles", "ratios", "settled", "uncontended"]
 
-FASTEST_RUN, SLOWEST_RUN = 0.007, 0.2
-"""A run lasts at least 7 ms for the fastest contender, unless it would be over 0.2 s for the slowest."""
+FASTEST_RUN, SLOWEST_RUN = 0.007, 0.4
+"""A run lasts at least 7 ms for the fastest contender, unless it would be over 0.4 s for the slowest."""
+FEWEST_STEPS = 32
+"""Steps of a run likewise, in the tables of S, M, N and L. What comes once in an epoch, packing our parameters and
+starting a thread, takes 1.8 ms on M and 10 on L on a Zen 3, as long as 2 steps and a third of one; an epoch of MNIST
+has 469 and 117 of those."""
 RUNS, RUNS_SECONDS = 4, 0.4
 """A sample is the fastest of so many runs, one after the other, or of as many as the slowest contender makes in 0.4 s.
 On a virtual machine every fourth run of 20 ms was slowed down by what no counter shows. Resampled from 1,600 of those,
@@ -103,12 +107,14 @@ def compare(
     what: str = "training",
     *,
     rounds: int = ROUNDS,
+    fewest: int = FEWEST_STEPS,
     search: float = 60.0,
     say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Measure them all at task `what` on `case`, in `rounds` rounds at most.
 
-    Fewer are enough once the ratios to the first are settled. All build and compile at the same time, and no other
+    Fewer are enough once the ratios to the first are settled. A run has `fewest` repeats at least, unless that is long
+    for the slowest. All build and compile at the same time, and no other
     variants are tried after `search` seconds of it; nothing else happens at the same time as something else.
     """
     task = TASKS[what]
@@ -125,7 +131,7 @@ def compare(
             _begin(process, comparison.rows[name], task.name, expected)
     if running := _running(comparison):
         multiple = task.multiple(case)
-        plan = _plan([row.variants[row.variant] for row in running.values()], multiple)
+        plan = _plan([row.variants[row.variant] for row in running.values()], multiple, fewest)
         comparison.repeats = plan["n"]
         for i, order in enumerate(_orders(running, rounds)):
             say(f"{case}: round {i + 1} of {rounds}, {plan['runs']} runs of {plan['n']} repeats a sample")
@@ -180,9 +186,9 @@ def _begin(process: Process, row: Row, what: str, expected: tuple[float, float])
         process.wait_until_idle()
 
 
-def _plan(seconds: Sequence[float], multiple: int) -> dict[str, int]:
+def _plan(seconds: Sequence[float], multiple: int, fewest: int) -> dict[str, int]:
     """How often to repeat in a run, and the runs of a sample: the same for all."""
-    n = _at_least(min(FASTEST_RUN / min(seconds), SLOWEST_RUN / max(seconds)), multiple)
+    n = _at_least(min(max(fewest, FASTEST_RUN / min(seconds)), SLOWEST_RUN / max(seconds)), multiple)
     return {"n": n, "runs": max(1, min(RUNS, int(RUNS_SECONDS / (n * max(seconds)))))}
 
 
