@@ -39,6 +39,7 @@ from backprop_gpu._sklearn_solvers import (
     with_clipping,
 )
 from backprop_gpu.activations import ACTIVATIONS, Activation
+from backprop_gpu.backends.contract import Trainer
 from backprop_gpu.data import DenseRows, Rows, SparseRows
 from backprop_gpu.history import History
 from backprop_gpu.losses import Loss
@@ -266,7 +267,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         if stochastic:
             train, validation = self._split(net, X, y, sample_weight, random_state, incremental, validation_data)
             self._start_curves(first_pass, validation is not None, net)
-            self._fit_stochastic(problem, train, validation, random_state, incremental)
+            trainer = self._fit_stochastic(problem, train, validation, random_state, incremental)
         else:
             self._fit_lbfgs(problem)
         self._publish(net)
@@ -275,6 +276,8 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
                 "Solver produced non-finite parameter weights. The input data may contain large values and need to be"
                 " preprocessed."
             )
+        if incremental and trainer.rest():
+            self._optimizer.trainer = trainer
         return self
 
     def _hidden_layer_sizes(self) -> list[int]:
@@ -459,12 +462,13 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         validation: _Validation | None,
         random_state: Any,
         incremental: bool,
-    ) -> None:
+    ) -> Trainer:
         batch_size = self._batch_size(len(train))
         if not incremental or not hasattr(self, "_optimizer"):
             n_steps = None if incremental else self.max_iter * -(-len(train) // batch_size)
             self._optimizer = self._new_solver(n_steps)
         epochs = Epochs(problem, self._optimizer, batch_size)
+        self._optimizer.trainer = None  # until this has not failed: NaN may be left in its memory
         try:
             self._run(epochs, train, validation, random_state, incremental)
         except KeyboardInterrupt:
@@ -472,6 +476,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         self._updates = self._optimizer.steps_before + self._optimizer.step
         if self.early_stopping:
             problem.net.parameters[...] = problem.net.ops.asarray(self._best_parameters, problem.net._array_dtype)
+        return epochs.trainer
 
     def _run(
         self,

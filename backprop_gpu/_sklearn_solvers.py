@@ -17,7 +17,7 @@ import numpy.typing as npt
 import scipy.optimize
 
 from backprop_gpu import training
-from backprop_gpu.backends.contract import AfterStep, Array, Backend
+from backprop_gpu.backends.contract import AfterStep, Array, Backend, Trainer
 from backprop_gpu.data import Rows
 from backprop_gpu.mlp import MLP
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -118,6 +118,8 @@ class Solver:
     state: dict[str, Array] | None = field(default=None, repr=False)
     ops: Backend | None = field(default=None, repr=False)
     """The backend of `state`."""
+    trainer: Trainer | None = field(default=None, repr=False)
+    """The last `partial_fit`'s, which has its memory; no copy and no file has it."""
 
     def __post_init__(self) -> None:
         self.learning_rate = float(self.learning_rate_init)
@@ -136,7 +138,7 @@ class Solver:
         return {slot: x if self.ops is None else self.ops.to_numpy(x) for slot, x in (self.state or {}).items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "state": self.state and self._host_state(), "ops": None}
+        return {**self.__dict__, "state": self.state and self._host_state(), "ops": None, "trainer": None}
 
     def rates(self, n_epochs: int, n_steps: int, rows_seen: int, n_rows: int) -> Floats:
         """(n_epochs, n_steps): the learning rate of each of the next updates, in epochs of `n_rows` rows."""
@@ -175,7 +177,7 @@ class Epochs:
         self.problem, self.solver, self.batch_size = problem, solver, batch_size
         taken = (problem.rows, problem.target, problem.sample_weight)
         job = training._job(net, solver.optimizer, taken, batch_size, solver.steps_before, solver.state_on(net))
-        self.trainer = training._trainer(net, job)
+        self.trainer = training._trainer(net, job, solver.trainer)
 
     def run(self, orders: Indices, rows_seen: int, after_step: AfterStep) -> list[float]:
         """Train on the rows in every row of `orders`, an epoch, after `rows_seen` rows since the first fit.

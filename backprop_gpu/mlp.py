@@ -548,7 +548,7 @@ class MLP:
         new._bind(moved(self._parameters))
         if self.stream is not None:
             state = {slot: moved(vector) for slot, vector in self.stream.state.items()}
-            new.stream = replace(self.stream, state=state)
+            new.stream = replace(self.stream, state=state, trainer=None, before=[])
         return new
 
     def __copy__(self) -> MLP:

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -72,6 +72,13 @@ class Stream:
     """Updates that the network had before the stream."""
     steps: int = 0
     """Updates of the stream so far."""
+    trainer: Trainer | None = field(default=None, repr=False, compare=False)
+    """The last call's, which has its memory; no copy and no file has it."""
+    before: list[npt.NDArray[Any]] = field(default_factory=list, repr=False, compare=False)
+    """Memory for what the next call may have to undo."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None, "before": []}
 
 
 # Whole steps out of the five operations, for a backend that has no trainer of its own
@@ -127,7 +134,10 @@ class OperationTrainer(Trainer):
         return loss * (len(batch) if w is None else float(w.sum(dtype=np.float64)))
 
 
-def _trainer(net: MLP, job: TrainingJob) -> Trainer:
+def _trainer(net: MLP, job: TrainingJob, last: Trainer | None = None) -> Trainer:
+    """The last call's trainer, if it can go on with these rows, or else a new one."""
+    if last is not None and last.take_over(job):
+        return last
     return net.ops.trainer(job) or OperationTrainer(net, job)
 
 
@@ -502,15 +512,19 @@ def partial_fit(
     job = _job(net, optimizer, (rows, target, w), batch_size, stream.steps_before, stream.state)
     order = np.arange(len(rows))
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
-    before = [np.array(net.ops.to_numpy(x)) for x in (net.parameters, *stream.state.values())]
+    trainer = _trainer(net, job, stream.trainer)
+    vectors = (net.parameters, *stream.state.values())
+    before = stream.before or [np.empty(x.shape, x.dtype) for x in vectors]
+    for values, x in zip(before, vectors, strict=True):
+        values[...] = net.ops.to_numpy(x)
     with _reported_as_divergence():
-        total = _trainer(net, job).run(
-            order, schedule.rates(steps), _alphas(net, len(steps)), stream.steps, lambda _: True
-        )
+        total = trainer.run(order, schedule.rates(steps), _alphas(net, len(steps)), stream.steps, lambda _: True)
     if not _finite(net, total):
-        for x, values in zip((net.parameters, *stream.state.values()), before, strict=True):
+        for x, values in zip(vectors, before, strict=True):
             x[...] = net.ops.asarray(values)
+        stream.trainer = None  # NaN may be left in its memory, even where a matrix is only filled up
         raise DivergenceError(_what_diverged(total), "on these rows")
-    net.stream = Stream(optimizer, stream.state, stream.steps_before, stream.steps + len(steps))
+    kept = trainer if trainer.rest() else None
+    net.stream = replace(stream, optimizer=optimizer, steps=stream.steps + len(steps), trainer=kept, before=before)
     net.steps_taken += len(steps)
     return total / _total_weight(w, order)

@@ -205,6 +205,20 @@ def test_partial_fit_makes_the_same_run():
     assert_same_run(a, b)
 
 
+def test_partial_fit_goes_on_with_the_memory_of_its_last_call():
+    _, X, y = PROBLEMS["multi-class"]
+    a, b = (ours.MLPClassifier(random_state=1) for _ in range(2))
+    for start in range(0, 700, 100):
+        rows = slice(start, start + 100)
+        a.partial_fit(X[rows], y[rows], classes=np.arange(10))
+        b = pickle.loads(pickle.dumps(b)).partial_fit(X[rows], y[rows], classes=np.arange(10))  # without memory
+    assert_same(a.coefs_[0], b.coefs_[0], 0)
+    c = ours.MLPRegressor(solver="sgd", learning_rate_init=1e300)
+    with pytest.raises(ValueError, match="non-finite"):
+        c.partial_fit(X, y)
+    assert c._optimizer.trainer is None
+
+
 @pytest.mark.parametrize("problem", ["binary", "three values"])
 def test_a_warm_start_makes_the_same_run(problem):
     name, X, y = PROBLEMS[problem]

@@ -1,9 +1,11 @@
 """Fitting: mini-batches, validation, early stopping, callbacks, schedules, streams, Ctrl-C, divergence."""
 
+import gc
 import io
 import logging
 import pickle
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -370,6 +372,48 @@ def test_a_stream_may_end_with_a_smaller_piece(X, y):
     net, expected = make_net(), make_net()
     net.partial_fit(X[:10], y[:10], batch_size=32)
     expected.partial_fit(X[:10], y[:10])
+    assert np.array_equal(net.parameters, expected.parameters)
+
+
+@pytest.mark.parametrize("optimizer", [bp.SGD(0.1, momentum=0.9), bp.Adam(0.01, clip_norm=1.0), bp.RMSprop(0.01)])
+def test_a_stream_goes_on_with_the_memory_of_its_last_call(X, y, optimizer):
+    net, expected = make_net(dropout=0.2), make_net(dropout=0.2)
+    for i in range(0, 96, 16):
+        weight = None if i < 48 else 1.0 + y[i : i + 16]
+        if i == 64:
+            for each in (net, expected):
+                each.W[0][1] *= 0.5  # parameters are the user's between calls
+        for each in (net, expected):
+            each.partial_fit(X[i : i + 16], y[i : i + 16], optimizer=optimizer, sample_weight=weight)
+        assert expected.stream.trainer is None or expected.stream.trainer is not net.stream.trainer
+        expected.stream.trainer = None
+    assert np.array_equal(net.parameters, expected.parameters)
+    assert all(np.array_equal(net.stream.state[k], expected.stream.state[k]) for k in optimizer.slots)
+
+
+def test_a_stream_keeps_neither_the_rows_nor_what_a_failure_left(X, y):
+    net, expected = make_net(loss="squared_error"), make_net(loss="squared_error")
+    targets = np.eye(CLASSES)[y]
+    rows = X.copy()
+    gone = weakref.ref(rows)
+    net.partial_fit(rows, targets)
+    del rows
+    gc.collect()
+    assert gone() is None
+    expected.partial_fit(X, targets)
+    with pytest.raises(bp.DivergenceError):
+        net.partial_fit(1e200 * X, targets)
+    for each in (net, expected):
+        each.partial_fit(X, targets)
+    assert np.array_equal(net.parameters, expected.parameters)
+
+
+def test_a_stream_with_another_optimizer_or_another_batch_size_is_as_without_memory(X, y):
+    net, expected = make_net(), make_net()
+    for batch_size, rate in ((16, 0.01), (16, 0.02), (7, 0.02), (16, 0.01)):
+        for each in (net, expected):
+            each.partial_fit(X, y, batch_size=batch_size, optimizer=bp.Adam(rate))
+        expected.stream.trainer = None
     assert np.array_equal(net.parameters, expected.parameters)
 
 

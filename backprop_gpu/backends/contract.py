@@ -134,6 +134,17 @@ class Trainer(ABC):
         """
         return None
 
+    def rest(self) -> bool:
+        """Let go of the rows, to `take_over` others later; False where this trainer cannot, and is of no more use."""
+        return False
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """After `rest`, train on the rows of `job`; False, and nothing done, where not all else is as it was.
+
+        A run that begins where the last one ended may then rely on `job.state` being as that one left it.
+        """
+        return False
+
     def gradient(self, gradients: Array, alpha: float) -> float | None:
         """C over all rows of the job together, without the penalty; or None, and nothing done, where there is no path.
 

@@ -85,6 +85,10 @@ class CpuBackend(NumpyBackend):
         threading.run(plan.n_threads, lambda thread: step.infer(thread, *of_thread))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 
+    def sum_squares(self, x: Array) -> float:
+        """Σ x², in float64."""
+        return float(operations.squares(_flat(x)))
+
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
         sigma, n_columns, x, flat = output_delta.SIGMAS[output_activation], z.shape[1], _flat(z), _flat(a)
         n_threads = min(threading.available(), max(1, z.size // OUTPUTS_PER_THREAD))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
 from backprop_gpu.backends.minibatches import shares, starts_of
+from backprop_gpu.data import DenseRows
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
@@ -23,9 +25,6 @@ Array = npt.NDArray[Any]
 SECONDS_PER_CALL = 0.1
 """How long the compiled steps run before they return to Python, for the progress bar and Ctrl-C."""
 
-PARAMETERS_FOR_A_TEAM = 1 << 16
-"""So many are packed and unpacked on all threads: fewer take less time than a thread takes to start."""
-
 BYTES_PER_CALL = 64 << 20
 """Rows made dense for one call, of data that is not in memory as it is needed."""
 
@@ -36,8 +35,23 @@ class StepTrainer(Trainer):
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.n_threads = 0
+        self.next_step = 0
+        """After so many updates, the optimizer's state is in panels still; 0 where it has to be packed."""
         self.steps_per_call = 4
         self.settings = update.settings(job.optimizer)
+
+    def rest(self) -> bool:
+        """See `Trainer.rest`."""
+        none = DenseRows(np.empty((0, self.job.rows.shape[1]), self.job.rows.dtype), self.job.rows.dtype)
+        self.job = replace(self.job, rows=none, target=np.empty(0, np.int32), sample_weight=None)
+        return True
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """See `Trainer.take_over`: all memory is kept, and with it the optimizer's state in panels."""
+        if _all_but_rows(job) != _all_but_rows(self.job) or not _same_arrays(job, self.job):
+            return False
+        self.job = job
+        return True
 
     def run(
         self,
@@ -84,7 +98,9 @@ class StepTrainer(Trainer):
         """
         self._prepare(threads.available())
         share, totals = shares(order, self.job.sample_weight, starts)
-        self._pack(self._vectors())
+        vectors = self._vectors()
+        n_loaded = 1 if 0 < first_step == self.next_step else len(vectors)
+        self.next_step = 0
         done, losses, most = 0, [np.empty((0, 2))], self._most_steps_per_call()
         while done < len(learning_rates):
             steps = slice(done, min(done + min(most, self.steps_per_call), len(learning_rates)))
@@ -99,13 +115,19 @@ class StepTrainer(Trainer):
                     first_step + done,
                     self.record,
                     self.layers,
+                    vectors,
+                    n_loaded if done == 0 else 0,
+                    len(vectors) if steps.stop == len(learning_rates) else 0,
                 )
             )
             self._note_speed((steps.stop - done) / (time.perf_counter() - start))
             done = steps.stop
             if not (np.isfinite(losses[-1]).all() and after_step(int(rows.stop - rows.start))):
                 break
-        self._unpack(self._vectors())
+        if done < len(learning_rates):
+            self._store(vectors)
+        self._copy_back(vectors)
+        self.next_step = first_step + done
         return np.concatenate(losses), totals
 
     def _note_speed(self, steps_per_second: float) -> None:
@@ -123,16 +145,21 @@ class StepTrainer(Trainer):
         share, _ = shares(order, job.sample_weight, np.array([0, n_rows]))  # of the mean over all rows
         alphas = np.zeros(len(starts) - 1)
         alphas[-1] = alpha
-        self._pack([(job.parameters, self.memory.parameters)])
-        self.memory.slot_1[...] = 0
+        self.memory.slot_1[...], self.next_step = 0, 0
+        none = np.empty(0, job.parameters.dtype)
+        vectors = plain(job.parameters), none, none
         cost, most = 0.0, self._most_steps_per_call()
         for first in range(0, len(alphas), most):
             steps = slice(first, min(first + most, len(alphas)))
             rows = slice(starts[steps.start], starts[steps.stop])
-            batches = self._batches(order[rows], share[rows])
-            some = starts[steps.start : steps.stop + 1] - rows.start
-            cost += float(self._steps(batches, some, alphas[steps], alphas[steps], 0, record, layers)[:, 0].sum())
-        self._unpack([(gradients, self.memory.slot_1)])
+            batches, some = self._batches(order[rows], share[rows]), starts[steps.start : steps.stop + 1] - rows.start
+            n_loaded = 1 if first == 0 else 0
+            losses = self._steps(batches, some, alphas[steps], alphas[steps], 0, record, layers, vectors, n_loaded, 0)
+            cost += float(losses[:, 0].sum())
+        flat = plain(gradients)
+        step.store(0, 1, self.layers, self.memory.slot_1, flat)
+        if flat is not gradients:
+            gradients[...] = flat
         return cost
 
     def _prepare(self, n_threads: int) -> None:
@@ -143,7 +170,7 @@ class StepTrainer(Trainer):
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
         self.layers = layout.layers
-        self.packers = self.plan.n_threads if layout.n_parameters >= PARAMETERS_FOR_A_TEAM else 1
+        self.next_step = 0
         self.record = layout.record(job.architecture, job.optimizer, job.seed)
         self.memory = layout.memory(len(job.optimizer.slots), training=True)
 
@@ -162,8 +189,11 @@ class StepTrainer(Trainer):
         first_step: int,
         record: Array,
         layers: Array,
+        vectors: tuple[Array, ...],
+        n_loaded: int,
+        n_stored: int,
     ) -> npt.NDArray[np.float64]:
-        """(n_steps, 2): C of each step without the penalty, and the penalty."""
+        """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.train` for the rest."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
         barrier = barriers.new()
@@ -183,6 +213,9 @@ class StepTrainer(Trainer):
                 first_step + 1,
                 job.steps_before + first_step,
                 losses,
+                vectors,
+                n_loaded,
+                n_stored,
             )
 
         threads.run(plan.n_threads, work, lambda: barriers.stop(barrier))
@@ -198,34 +231,36 @@ class StepTrainer(Trainer):
         values = target if target.ndim == 2 else np.empty((0, 0), self.job.dtype)
         return Batches(plain(x), plain(labels), plain(values), plain(order), share)
 
-    def _pack(self, vectors: list[tuple[Array, Array]]) -> None:
-        """Flat vectors, the parameters among them, into their packed form; and Wᵀ."""
-        aligned = [(plain(flat), packed) for flat, packed in vectors]
+    def _vectors(self) -> tuple[Array, ...]:
+        """The flat vectors of the job's parameters and of the optimizer's two slots, as compiled code takes them."""
+        job = self.job
+        slots = [plain(job.state[slot]) for slot in job.optimizer.slots]
+        none = np.empty(0, job.parameters.dtype)
+        return (plain(job.parameters), *slots, none, none)[:3]
 
-        def pack(thread: int) -> None:
-            for flat, packed in aligned:
-                step.load(thread, self.packers, self.layers, flat, packed)
+    def _store(self, vectors: tuple[Array, ...]) -> None:
+        """What `step.train` has not stored, of a run that was ended early."""
+        memory = self.memory
+        for flat, packed in zip(vectors, (memory.parameters, memory.slot_1, memory.slot_2), strict=True):
+            if flat.size:
+                step.store(0, 1, self.layers, packed, flat)
 
-        threads.run(self.packers, pack)
-        threads.run(self.packers, lambda thread: step.transpose(thread, self.packers, self.layers, self.memory))
+    def _copy_back(self, vectors: tuple[Array, ...]) -> None:
+        """To those of the job's arrays that compiled code does not take."""
+        wanted = (self.job.parameters, *(self.job.state[slot] for slot in self.job.optimizer.slots))
+        for flat, array in zip(vectors, wanted, strict=False):
+            if not np.shares_memory(flat, array):
+                array[...] = flat
 
-    def _unpack(self, vectors: list[tuple[Array, Array]]) -> None:
-        aligned = [(plain(flat), packed) for flat, packed in vectors]
 
-        def unpack(thread: int) -> None:
-            for flat, packed in aligned:
-                step.store(thread, self.packers, self.layers, packed, flat)
+def _all_but_rows(job: TrainingJob) -> tuple[Any, ...]:
+    return job.architecture, job.optimizer, job.dtype, job.batch_size, job.seed, job.steps_before
 
-        threads.run(self.packers, unpack)
-        for (flat, _), (unpacked, _) in zip(vectors, aligned, strict=True):
-            if not np.shares_memory(flat, unpacked):  # an array that is not aligned
-                flat[...] = unpacked
 
-    def _vectors(self) -> list[tuple[Array, Array]]:
-        """Each flat vector of the job, with its packed form."""
-        slots = [self.job.state[slot] for slot in self.job.optimizer.slots]
-        packed = (self.memory.parameters, self.memory.slot_1, self.memory.slot_2)
-        return list(zip((self.job.parameters, *slots), packed, strict=False))
+def _same_arrays(one: TrainingJob, other: TrainingJob) -> bool:
+    """Whether both train the same network's parameters, with the same state."""
+    arrays = ((job.parameters, *job.state.values()) for job in (one, other))
+    return all(x is y for x, y in zip(*arrays, strict=True))
 
 
 def plain(x: Array) -> Array:

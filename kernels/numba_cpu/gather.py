@@ -61,7 +61,8 @@ def gather_row(x, here, later, n_columns, tile, start, stride):
 def pack(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, stride):
     """One thread's panels of a row-major matrix; padding is left as it is."""
     panel = panel_width(packed)
-    for p in range(thread, (n_columns + panel - 1) // panel, n_threads):
+    n_panels = (n_columns + panel - 1) // panel
+    for p in range(thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads):
         column = p * panel
         for r in range(n_rows):
             count = min(panel, n_columns - column)
@@ -72,7 +73,8 @@ def pack(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, 
 def unpack(thread, n_threads, packed, start, stride, n_rows, n_columns, flat, flat_start):
     """The inverse of `pack`."""
     panel = panel_width(packed)
-    for p in range(thread, (n_columns + panel - 1) // panel, n_threads):
+    n_panels = (n_columns + panel - 1) // panel
+    for p in range(thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads):
         column = p * panel
         for r in range(n_rows):
             count = min(panel, n_columns - column)

@@ -11,7 +11,7 @@ from backprop_gpu.kernels.numba_cpu.activations import apply, multiply_by_deriva
 from backprop_gpu.kernels.numba_cpu.compile import entry_point
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward
-from backprop_gpu.kernels.numba_cpu.update import update
+from backprop_gpu.kernels.numba_cpu.update import sum_squares, update
 
 __all__ = [
     "activate",
@@ -20,6 +20,7 @@ __all__ = [
     "optimize",
     "output_delta_of_rows",
     "output_forward_of_rows",
+    "squares",
 ]
 
 ROWS = 256
@@ -74,3 +75,9 @@ def optimize(code, settings, parameters, gradients, slot_1, slot_2, n_weights, l
     n = parameters.size
     update(code, settings, parameters, gradients, slot_1, slot_2, 0, n_weights, learning_rate, 0.0, scale, step, False)
     update(code, settings, parameters, gradients, slot_1, slot_2, n_weights, n, learning_rate, 0.0, scale, step, True)
+
+
+@entry_point
+def squares(x):
+    """Σ x², in float64."""
+    return sum_squares(x, x, 0.0, 0, x.size)

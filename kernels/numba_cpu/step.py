@@ -30,7 +30,7 @@ from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_for
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
 
-__all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train", "transpose"]
+__all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
 
 Z, A, LABELS = range(3)
 """What `infer` may be asked for."""
@@ -57,8 +57,14 @@ def train(
     first_step,
     dropout_step,
     losses,
+    vectors,
+    n_loaded,
+    n_stored,
 ):
     """One thread's part of a step for each of `learning_rates`.
+
+    vectors : the flat vectors of the parameters and of the optimizer's slots, empty where there is none. The first
+    n_loaded are packed before the first step, the first n_stored written after the last.
 
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
@@ -66,6 +72,9 @@ def train(
     step's C without the penalty, and of the penalty. Returns early where the barrier is stopped.
     """
     here, batches, memory = plan[0], borrowed_batches(batches), borrowed_memory(memory)
+    vectors = borrowed(vectors[0]), borrowed(vectors[1]), borrowed(vectors[2])
+    if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
+        return
     for s in range(learning_rates.size):
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
         losses[thread, s, 0] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
@@ -76,6 +85,7 @@ def train(
         )
         if not wait(barrier, here.n_threads):
             return
+    store_all(thread, here, layers, vectors, n_stored, memory)
 
 
 @entry_point
@@ -377,7 +387,46 @@ def update_range(plan, memory, settings, row, start, stop, shift, learning_rate,
 @entry_point
 def load(thread, n_threads, layers, flat, packed):
     """One thread's panels of a flat vector (all W, then all b) into its packed form."""
-    flat, packed = borrowed(flat), borrowed(packed)
+    load_vector(thread, n_threads, layers, borrowed(flat), borrowed(packed))
+
+
+@entry_point
+def store(thread, n_threads, layers, packed, flat):
+    """The inverse of `load`."""
+    store_vector(thread, n_threads, layers, borrowed(packed), borrowed(flat))
+
+
+@compiled
+def load_all(thread, plan, layers, vectors, n_loaded, memory, barrier):
+    """The first n_loaded vectors, and Wᵀ; False where the barrier is stopped."""
+    load_vector(thread, plan.n_threads, layers, vectors[0], memory.parameters)
+    if n_loaded > 1 and vectors[1].size > 0:
+        load_vector(thread, plan.n_threads, layers, vectors[1], memory.slot_1)
+    if n_loaded > 2 and vectors[2].size > 0:
+        load_vector(thread, plan.n_threads, layers, vectors[2], memory.slot_2)
+    if not wait(barrier, plan.n_threads):
+        return False
+    for index in range(1, plan.n_layers):
+        blocks = blocks_in(layers[index], memory)
+        first, last = thread * blocks // plan.n_threads, (thread + 1) * blocks // plan.n_threads
+        transpose_blocks(layers[index], memory, first, last)
+    return wait(barrier, plan.n_threads)
+
+
+@compiled
+def store_all(thread, plan, layers, vectors, n_stored, memory):
+    """The inverse of `load_all`."""
+    if n_stored > 0:
+        store_vector(thread, plan.n_threads, layers, memory.parameters, vectors[0])
+    if n_stored > 1 and vectors[1].size > 0:
+        store_vector(thread, plan.n_threads, layers, memory.slot_1, vectors[1])
+    if n_stored > 2 and vectors[2].size > 0:
+        store_vector(thread, plan.n_threads, layers, memory.slot_2, vectors[2])
+
+
+@compiled
+def load_vector(thread, n_threads, layers, flat, packed):
+    """See `load`."""
     at = 0
     for index in range(layers.size):
         layer = layers[index]
@@ -389,19 +438,9 @@ def load(thread, n_threads, layers, flat, packed):
         at += layer.n_out
 
 
-@entry_point
-def transpose(thread, n_threads, layers, memory):
-    """One thread's part of Wᵀ of every layer but the first."""
-    memory = borrowed_memory(memory)
-    for index in range(1, layers.size):
-        blocks = blocks_in(layers[index], memory)
-        transpose_blocks(layers[index], memory, thread * blocks // n_threads, (thread + 1) * blocks // n_threads)
-
-
-@entry_point
-def store(thread, n_threads, layers, packed, flat):
-    """The inverse of `load`."""
-    flat, packed = borrowed(flat), borrowed(packed)
+@compiled
+def store_vector(thread, n_threads, layers, packed, flat):
+    """See `store`."""
     at = 0
     for index in range(layers.size):
         layer = layers[index]
