@@ -25,6 +25,8 @@ TOLERANCE = 0.02
 
 Array = npt.NDArray[Any]
 NEVER = 2**31 - 1
+BATCH = 200
+"""Rows of a mini-batch in both."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ def _fit(kind: type, job: Job) -> float:
     return float(estimator.score(X_test, y_test))
 
 
+def _stream(kind: type, job: Job) -> float:
+    X, y, X_test, y_test = _split(job.data)
+    estimator, classes = job.estimator(kind), np.unique(y)
+    for i in range(job.repeats):
+        start = i * BATCH % (len(X) - BATCH)
+        estimator.partial_fit(X[start : start + BATCH], y[start : start + BATCH], classes=classes)
+    return float(estimator.score(X_test, y_test))
+
+
 def _predict(kind: type, job: Job) -> float:
     X, y, X_test, y_test = _split(job.data)
     if kind not in job.fitted:
@@ -107,6 +118,7 @@ JOBS = {
         Job("fit, breast_cancer", "breast_cancer", {"hidden_layer_sizes": (100,), "max_iter": 200}, _fit),
         Job("fit, digits", "digits", {"hidden_layer_sizes": (100,), "max_iter": 100}, _fit),
         Job("fit, mnist", "mnist", {"hidden_layer_sizes": (256, 128), "max_iter": 3}, _fit),
+        Job("partial_fit, 200 rows", "digits", {"hidden_layer_sizes": (100,)}, _stream, 200),
         *(
             Job(f"predict, {rows:,} row{'s' * (rows > 1)}", "digits", {"max_iter": 10}, _predict, repeats, rows)
             for rows, repeats in ((1, 500), (100, 300), (100_000, 2))

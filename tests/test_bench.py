@@ -431,6 +431,10 @@ class Constant:
     def fit(self, X, y):
         return self
 
+    def partial_fit(self, X, y, classes):
+        assert len(X) == len(y) == estimators.BATCH
+        return self
+
     def predict(self, X):
         return np.full(len(X), self.answer)
 
@@ -438,7 +442,7 @@ class Constant:
         return np.mean(self.predict(X) == y)
 
 
-@pytest.mark.parametrize("job", ["fit, breast_cancer", "fit, digits", "predict, 1 row", "predict, 100 rows"])
+@pytest.mark.parametrize("job", ["fit, digits", "partial_fit, 200 rows", "predict, 1 row", "predict, 100 rows"])
 def test_an_estimators_job_ends_in_its_accuracy(job):
     job = estimators.JOBS[job]
     scores = [job.do(lambda answer=answer, **settings: Constant(answer), job) for answer in (-1, 1)]

@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, make_multilabel_cl
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import LabelBinarizer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import backprop_gpu as bp
@@ -203,6 +204,32 @@ def test_partial_fit_makes_the_same_run():
             model.partial_fit(X[rows], y[rows], classes=np.arange(10))
         a = pickle.loads(pickle.dumps(a))  # the optimizer's state goes along
     assert_same_run(a, b)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        [3, -1, 7, 3, 7],
+        ["b", "aa", "c", "b", "c"],
+        [True, False, True, True, False],
+        [5, 9, 9, 5, 5],
+        [2, 2, 2, 2, 2],
+        [1.0, 0.0, 2.0, 1.0, 2.0],
+        [[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]],
+    ],
+    ids=["integers", "strings", "booleans", "two", "one", "floats", "multi-label"],
+)
+def test_classes_are_told_apart_as_by_a_label_binarizer(y):
+    X, y = np.random.default_rng(0).standard_normal((5, 3)), np.array(y)
+    model = ours.MLPClassifier(hidden_layer_sizes=(4,), max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    expected = LabelBinarizer().fit(y)
+    for some in (y, y[1:3], y[:1]):
+        indicators = model._indicators(some)
+        assert indicators.dtype == bool
+        assert np.array_equal(indicators, expected.transform(some).astype(bool))
 
 
 def test_partial_fit_goes_on_with_the_memory_of_its_last_call():
