@@ -491,6 +491,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):  # type: ignore[misc]
         return original
 
     def _score_of(self, y: Array, predicted: Array, sample_weight: Array | None) -> float:
+        if y.ndim == 1:  # `accuracy_score` would look for 1 ms, each epoch, at what kind of labels these are
+            return float(np.average(y == predicted, weights=sample_weight))
         return float(accuracy_score(y, predicted, sample_weight=sample_weight))
 
     def __sklearn_tags__(self) -> Any:
