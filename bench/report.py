@@ -61,7 +61,7 @@ def benchmarks() -> str:
     found = all_results()
     devices = {"GPU" if result.machine["gpu"] else "CPU" for result in found}
     missing = [f"Speed on a {device}: not yet measured." for device in ("CPU", "GPU") if device not in devices]
-    return "\n\n".join([*map(short, found), *missing])
+    return "\n\n".join([*([short(found)] if found else []), *missing])
 
 
 def page() -> str:

@@ -25,9 +25,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def short(result: Result) -> str:
-    """The steps of S, M, N and L, and every other suite in a line."""
-    return f"{heading(result)}\n\n{training_steps(result)}\n\n{summary(result)}"
+def short(results: Sequence[Result]) -> str:
+    """The machines; the steps of S, M, N and L, and most other suites, in a line, with a column for each machine."""
+    makers = (_steps, _activations, _shapes, _predictions, _fits, _estimators, _modules)
+    columns = [{title: text for make in makers for title, text in make(each)} for each in results]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    rows = [[title, *(column.get(title, "–") for column in columns)] for title in titles]
+    return "\n\n".join([*map(heading, results), table(["", *map(_device, results)], rows)])
 
 
 def heading(result: Result) -> str:
@@ -38,9 +42,8 @@ def heading(result: Result) -> str:
     return f"**{device}** ({result.date}; Python {machine['python']}, {versions})"
 
 
-def training_steps(result: Result) -> str:
-    """Time of a step, and how many times as long each of the others takes."""
-    return beside("a training step", result, {_network(name): row for name, row in result.under("training step, ")})
+def _device(result: Result) -> str:
+    return str(result.machine["gpu"] or result.machine["cpu"])
 
 
 def _network(name: str) -> str:
@@ -73,13 +76,20 @@ def time_of(seconds: float) -> str:
     return f"{value:.{max(0, 3 - len(f'{value:.0f}'))}f} {unit}"
 
 
-# The other suites, a line each
+# A line each
 
 
-def summary(result: Result) -> str:
-    """What each of the other suites comes to."""
-    makers = (_activations, _shapes, _predictions, _fits, _estimators, _modules, _imports, _first_steps)
-    return table(["on the same machine", result.ours], [line for make in makers for line in make(result)])
+def _steps(result: Result) -> Iterator[list[str]]:
+    """Time of a step, and how many times as long each peer takes."""
+    for name, row in result.under("training step, "):
+        if result.ours in row:
+            ours = row[result.ours]
+            peers = [
+                f"{contender(who).label} {ours.times_as_fast(row[who]):.2f} ×"
+                for who in COLUMNS
+                if who in row and who in (*GPU_PEERS, *PEERS)
+            ]
+            yield [f"a training step of {_network(name)}", f"{time_of(ours.median)}; {', '.join(peers)}"]
 
 
 def _against_peers(result: Result, prefix: str) -> list[tuple[float, str]]:
@@ -147,26 +157,6 @@ def _in_place(result: Result, prefix: str, peer: str) -> str:
     return "; ".join(f"{name} {row[result.ours_in(row)].times_as_fast(row[peer]):.2f}" for name, row in rows.items())
 
 
-def _imports(result: Result) -> Iterator[list[str]]:
-    if row := result.groups.get("import"):
-        yield ["import in a new process", _each(row)]
-
-
-def _first_steps(result: Result) -> Iterator[list[str]]:
-    for cache, what in (("cold", "nothing compiled before"), ("warm", "compiled code on disk")):
-        if row := result.groups.get(f"first step, {cache}"):
-            yield [f"a new process until the first steps of M are done, {what}; most memory", _each(row)]
-
-
-def _each(row: Mapping[str, Bench]) -> str:
-    return ", ".join(f"{contender(name).label} {time_of(bench.median)}{_memory(bench)}" for name, bench in row.items())
-
-
-def _memory(bench: Bench) -> str:
-    peaks = bench.notes.get("peak_mb")
-    return f" ({quartiles(peaks)[1]:.0f} MB)" if peaks else ""
-
-
 # Accuracy
 
 
@@ -210,6 +200,7 @@ def everything(result: Result) -> str:
     return "\n\n".join(
         [
             *parts,
+            *_peaks(result),
             *_accuracies(result),
             *_variants(result),
             *_roofline(result),
@@ -218,6 +209,18 @@ def everything(result: Result) -> str:
             _contended(result),
         ]
     )
+
+
+def _peaks(result: Result) -> Iterator[str]:
+    rows = [
+        [
+            cache,
+            ", ".join(f"{contender(who).label} {quartiles(each.notes['peak_mb'])[1]:.0f}" for who, each in row.items()),
+        ]
+        for cache, row in result.under("first step, ")
+    ]
+    if rows:
+        yield f"### Most memory of those new processes, MB\n\n{table(['compiled code on disk', ''], rows)}"
 
 
 def _accuracies(result: Result) -> Iterator[str]:
