@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from backprop_gpu.names import lookup
+from backprop_gpu.checks import lookup
 
 __all__ = ["ACTIVATIONS", "LEAKY_SLOPE", "SELU_ALPHA", "SELU_SCALE", "Activation", "get"]
 

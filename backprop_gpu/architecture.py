@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from backprop_gpu import activations, losses
 from backprop_gpu.activations import Activation
-from backprop_gpu.checks import fraction, not_negative
+from backprop_gpu.checks import fraction, lookup, not_negative
 from backprop_gpu.losses import LOSSES, Loss
-from backprop_gpu.names import lookup
 
 __all__ = ["Architecture"]
 

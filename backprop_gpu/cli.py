@@ -25,10 +25,10 @@ import numpy.typing as npt
 import backprop_gpu as bp
 from backprop_gpu import datasets, losses, optimizers, storage
 from backprop_gpu.activations import ACTIVATIONS
+from backprop_gpu.checks import lookup, unknown
 from backprop_gpu.datasets import BUILT_IN, Dataset, Task
 from backprop_gpu.gradcheck import GradCheck
 from backprop_gpu.losses import LOSSES, Loss
-from backprop_gpu.names import lookup, unknown
 from backprop_gpu.scaling import Scaling
 from backprop_gpu.training import BATCH_SIZE
 

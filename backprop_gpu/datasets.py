@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from backprop_gpu.checks import unknown
 from backprop_gpu.data import chunks
-from backprop_gpu.names import unknown
 from backprop_gpu.tables import TABLES, Columns, ModelColumns, Source, TrainingColumns, as_target, number
 
 __all__ = ["BUILT_IN", "Dataset", "hold_out", "label_indices", "load", "load_for_model"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from backprop_gpu.names import unknown
+from backprop_gpu.checks import unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from backprop_gpu.activations import ACTIVATIONS
-from backprop_gpu.checks import fraction, positive
-from backprop_gpu.names import lookup, unknown
+from backprop_gpu.checks import fraction, lookup, positive, unknown
 
 __all__ = [
     "LOSSES",

@@ -22,11 +22,10 @@ from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.contract import Array, Dropout, Wanted
 from backprop_gpu.backends.selection import select
-from backprop_gpu.checks import integer
+from backprop_gpu.checks import integer, lookup
 from backprop_gpu.data import OwnRows, Rows
 from backprop_gpu.history import History
 from backprop_gpu.losses import Loss
-from backprop_gpu.names import lookup
 from backprop_gpu.optimizers import Optimizer
 from backprop_gpu.storage import PathLike
 from backprop_gpu.training import EarlyStopping, Stream

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from backprop_gpu import schedules
-from backprop_gpu.checks import fraction, not_negative, positive
-from backprop_gpu.names import lookup
+from backprop_gpu.checks import fraction, lookup, not_negative, positive
 from backprop_gpu.schedules import Schedule
 
 __all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "Optimizer", "RMSprop", "get", "to_dict"]

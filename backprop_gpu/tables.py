@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from backprop_gpu.names import unknown
+from backprop_gpu.checks import unknown
 
 __all__ = ["TABLES", "Columns", "ModelColumns", "Source", "TrainingColumns", "as_target", "number"]
 

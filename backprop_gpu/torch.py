@@ -51,8 +51,8 @@ from backprop_gpu.activations import ACTIVATIONS, Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.passes import Dropout, Network
 from backprop_gpu.backends.selection import get_backend
+from backprop_gpu.checks import lookup
 from backprop_gpu.mlp import MLP
-from backprop_gpu.names import lookup
 
 __all__ = ["FusedMLP", "Sine", "from_mlp", "from_torch", "to_mlp"]
 

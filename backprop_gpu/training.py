@@ -21,10 +21,9 @@ from backprop_gpu import checkpoint as checkpoints
 from backprop_gpu import checks, data, optimizers, storage
 from backprop_gpu.backends.contract import AfterStep, Array, Trainer, TrainingJob
 from backprop_gpu.checkpoint import Checkpoint, checksum
-from backprop_gpu.checks import integer
+from backprop_gpu.checks import integer, unknown
 from backprop_gpu.data import Rows
 from backprop_gpu.history import DivergenceError, History
-from backprop_gpu.names import unknown
 from backprop_gpu.optimizers import Optimizer
 from backprop_gpu.progress import ProgressBar, interrupt_noted
 from backprop_gpu.schedules import Schedule

@@ -24,16 +24,26 @@ import numpy.typing as npt
 
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.activations import Activation
-from backprop_gpu.checks import integer
+from backprop_gpu.checks import integer, lookup
 from backprop_gpu.losses import Loss
-from backprop_gpu.names import lookup
 from backprop_gpu.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from backprop_gpu.architecture import Architecture
     from backprop_gpu.data import Rows
 
-__all__ = ["AfterStep", "Array", "Backend", "Dropout", "Trainer", "TrainingJob", "Wanted", "WholeForward"]
+__all__ = [
+    "AfterStep",
+    "Array",
+    "Backend",
+    "Dropout",
+    "Trainer",
+    "TrainingJob",
+    "Wanted",
+    "WholeForward",
+    "shares",
+    "starts_of",
+]
 
 Array: TypeAlias = Any
 """An array of the backend's own kind, C-contiguous: it has shape, ndim, dtype and len(), basic slices are views of it,
@@ -151,6 +161,27 @@ class Trainer(ABC):
         ∂C/∂W + alpha W and ∂C/∂b overwrite `gradients`, (n_parameters,). No dropout, and no update.
         """
         return None
+
+
+# What every trainer needs to know of its mini-batches
+
+
+def starts_of(n_rows: int, batch_size: int) -> npt.NDArray[np.int64]:
+    """Where each mini-batch begins, and where the last one ends."""
+    return np.append(np.arange(0, n_rows, batch_size), n_rows)
+
+
+def shares(
+    order: npt.NDArray[np.int64], sample_weight: npt.NDArray[Any] | None, starts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
+    """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
+    n_rows = np.diff(starts)
+    if sample_weight is None:
+        return np.repeat(1 / n_rows, n_rows), n_rows
+    w = sample_weight[order].astype(np.float64)
+    totals = np.add.reduceat(w, starts[:-1])
+    of_row = np.repeat(totals, n_rows)
+    return np.divide(w, of_row, out=w, where=of_row != 0), totals
 
 
 class Backend(ABC):

@@ -19,9 +19,8 @@ from backprop_gpu.activations import Activation
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import cpu_plan
 from backprop_gpu.backends import threads as threading
-from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob, Wanted, WholeForward
+from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob, Wanted, WholeForward, shares
 from backprop_gpu.backends.cpu_step import StepTrainer, plain
-from backprop_gpu.backends.minibatches import shares
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches

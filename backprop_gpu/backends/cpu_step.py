@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
-from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob
-from backprop_gpu.backends.minibatches import shares, starts_of
+from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob, shares, starts_of
 from backprop_gpu.data import DenseRows
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update

@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from backprop_gpu.backends import cuda_plan
-from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, TrainingJob
+from backprop_gpu.backends.contract import AfterStep, Array, Dropout, Trainer, TrainingJob, shares, starts_of
 from backprop_gpu.backends.cuda_data import data_of
 from backprop_gpu.backends.cuda_kernels import STEP_NUMBERS, Kernels, Launch, Whole, step_numbers, stretches
 from backprop_gpu.backends.cuda_plan import NUMBERS
 from backprop_gpu.backends.cuda_products import Launchable, Products
-from backprop_gpu.backends.minibatches import shares, starts_of
 
 __all__ = ["StepTrainer"]
 

@@ -18,8 +18,7 @@ from backprop_gpu.activations import ACTIVATIONS
 from backprop_gpu.backends import numba_cuda_arrays as arrays
 from backprop_gpu.backends import numba_cuda_kernels as kernels
 from backprop_gpu.backends import numba_cuda_plan as plan
-from backprop_gpu.backends.contract import AfterStep, Dropout, Trainer, TrainingJob
-from backprop_gpu.backends.minibatches import shares, starts_of
+from backprop_gpu.backends.contract import AfterStep, Dropout, Trainer, TrainingJob, shares, starts_of
 from backprop_gpu.backends.numba_cuda_arrays import Array
 from backprop_gpu.backends.numba_cuda_kernels import Launch
 from backprop_gpu.kernels.numba_cuda import reductions

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from backprop_gpu.backends.contract import Backend
-from backprop_gpu.names import lookup
+from backprop_gpu.checks import lookup
 
 __all__ = ["MODULES", "BackendStatus", "backends", "get_backend", "select"]
 

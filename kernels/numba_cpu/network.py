@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-__all__ = ["LAYER", "PLAN", "Batches", "Memory"]
+__all__ = ["LAYER", "PLAN", "Batches", "Memory", "borrowed"]
 
 PLAN = np.dtype(
     [
@@ -91,3 +94,26 @@ class Batches(NamedTuple):
     """(n,) int64: indices of rows."""
     share: Any
     """(n,) float64: the part of each in the mean over its mini-batch, weight / Σ weight."""
+
+
+@intrinsic
+def borrowed(typing_context, x):
+    """The array `x`, or the tuple of arrays, without reference counts, for use while the caller's `x` lives.
+
+    Every slice of an array counts up and down, atomically, and threads that slice the same array fight over the count.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_counts(context, builder, x, arguments[0])
+
+    return x(x), generate
+
+
+def _without_counts(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.BaseTuple):
+        parts = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
+        return context.make_tuple(builder, kind, [_without_counts(context, builder, *part) for part in parts])
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return array._getvalue()

@@ -40,7 +40,8 @@ def registers_of(cpu_name: str, features: str, triple: str) -> Registers:
     Each step of the product loads `vectors` + `rows` operands for `rows` · `vectors` multiply-adds; at two of either
     in a cycle that keeps the multiply-adds busy, and there must be registers for all but the `rows` operands.
     Measured on one core of a Zen 5, in GFLOP/s of float32: AVX-512 with 8 × 2 vectors 270 (12 × 2: 270, 8 × 3: 272,
-    8 × 1: 242); AVX2 with 4 × 3 vectors 137 (6 × 2: 137, 4 × 2: 120, 8 × 2, which spills: 79).
+    8 × 1: 242); AVX2 with 4 × 3 vectors 137 (6 × 2: 137, 4 × 2: 120, 8 × 2, which spills: 79). On one of a Zen 3, AVX2
+    with 4 × 3 vectors 98.
     """
     available = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
     if "avx512f" in available:

@@ -23,12 +23,12 @@ from numba.extending import intrinsic
 from backprop_gpu.kernels.numba_cpu import openmp
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
 from backprop_gpu.kernels.numba_cpu.barrier import wait
-from backprop_gpu.kernels.numba_cpu.borrow import borrowed
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
+from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, computed, rows_of
 from backprop_gpu.kernels.numba_cpu.update import add
@@ -137,18 +137,6 @@ def rows(address, n_rows, n_columns, like):
     return carray(_pointer(address, like), (n_rows, n_columns))
 
 
-@compiled
-def borrowed_work(work):
-    """See `borrow`."""
-    return Work(
-        borrowed(work.packed),
-        borrowed(work.transposed),
-        borrowed(work.gradients),
-        borrowed(work.tiles),
-        borrowed(work.zeros),
-    )
-
-
 # The forward pass
 
 
@@ -168,7 +156,7 @@ def forward(thread, team, network, layers, addresses, work, barrier):
 @compiled
 def part_of_forward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of the output, and of what the backward pass needs."""
-    here, work = network[0], borrowed_work(work)
+    here, work = network[0], borrowed(work)
     for index in range(here.n_layers):
         pack_layer(thread, here.n_threads, layers[index], addresses[PARAMETERS, index], work.packed)
     if not wait(barrier, here.n_threads):
@@ -289,7 +277,7 @@ def backward(thread, team, network, layers, addresses, work, barrier):
 @compiled
 def part_of_backward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of ∂C/∂X, and its part of every gradient that is wanted; all are overwritten."""
-    here, work = network[0], borrowed_work(work)
+    here, work = network[0], borrowed(work)
     for index in range(here.lowest + (here.dX == 0), here.n_layers):
         layer = layers[index]
         W = vector(addresses[PARAMETERS, index, WEIGHT], layer.n_out * layer.n_in, work.packed)

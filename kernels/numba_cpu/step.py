@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 
 from backprop_gpu.kernels.numba_cpu.barrier import wait
-from backprop_gpu.kernels.numba_cpu.borrow import borrowed
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
 from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
-from backprop_gpu.kernels.numba_cpu.network import Batches, Memory
+from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
@@ -71,8 +70,7 @@ def train(
     its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
     step's C without the penalty, and of the penalty. Returns early where the barrier is stopped.
     """
-    here, batches, memory = plan[0], borrowed_batches(batches), borrowed_memory(memory)
-    vectors = borrowed(vectors[0]), borrowed(vectors[1]), borrowed(vectors[2])
+    here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
     if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
         return
     for s in range(learning_rates.size):
@@ -95,7 +93,7 @@ def infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums):
     wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
     (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
     """
-    here, layer, memory = plan[0], layers[layers.size - 1], borrowed_memory(memory)
+    here, layer, memory = plan[0], layers[layers.size - 1], borrowed(memory)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     low, high = rows_of(thread, here.n_threads, x.shape[0])
     at, at_tile = thread * here.span, thread * here.tile_span
@@ -118,34 +116,6 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
     """sums += Σ_rows of every panel of a layer's input."""
     for p in range((layer.n_in + panel_width(tile) - 1) // panel_width(tile)):
         sum_rows(tile, start + p * stride, sums, 0, n_rows, True)
-
-
-@compiled
-def borrowed_memory(memory):
-    """See `borrow`."""
-    return Memory(
-        borrowed(memory.parameters),
-        borrowed(memory.transposed),
-        borrowed(memory.slot_1),
-        borrowed(memory.slot_2),
-        borrowed(memory.gradients),
-        borrowed(memory.passes),
-        borrowed(memory.scratch),
-        borrowed(memory.zeros),
-        borrowed(memory.norms),
-    )
-
-
-@compiled
-def borrowed_batches(batches):
-    """See `borrow`."""
-    return Batches(
-        borrowed(batches.x),
-        borrowed(batches.labels),
-        borrowed(batches.target),
-        borrowed(batches.order),
-        borrowed(batches.share),
-    )
 
 
 # Phase 1: passes
