@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -497,6 +498,19 @@ class _Taken(Rows):
 # partial_fit
 
 
+@contextmanager
+def _all_or_nothing(net: MLP, vectors: Sequence[Array], before: Sequence[npt.NDArray[Any]]) -> Iterator[None]:
+    """Where the block fails or is interrupted, the vectors are as they were: `before` is memory for that."""
+    for values, x in zip(before, vectors, strict=True):
+        values[...] = net.ops.to_numpy(x)
+    try:
+        yield
+    except BaseException:
+        for x, values in zip(vectors, before, strict=True):
+            x[...] = net.ops.asarray(values)
+        raise
+
+
 def partial_fit(
     net: MLP, X: Any, y: Any, *, batch_size: int | None, optimizer: str | Optimizer, sample_weight: Any
 ) -> float:
@@ -512,17 +526,13 @@ def partial_fit(
     order = np.arange(len(rows))
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
     trainer = _trainer(net, job, stream.trainer)
+    stream.trainer = None  # until this has not failed: NaN may be left in its memory, even where that only fills up
     vectors = (net.parameters, *stream.state.values())
     before = stream.before or [np.empty(x.shape, x.dtype) for x in vectors]
-    for values, x in zip(before, vectors, strict=True):
-        values[...] = net.ops.to_numpy(x)
-    with _reported_as_divergence():
+    with _all_or_nothing(net, vectors, before), _reported_as_divergence():
         total = trainer.run(order, schedule.rates(steps), _alphas(net, len(steps)), stream.steps, lambda _: True)
-    if not _finite(net, total):
-        for x, values in zip(vectors, before, strict=True):
-            x[...] = net.ops.asarray(values)
-        stream.trainer = None  # NaN may be left in its memory, even where a matrix is only filled up
-        raise DivergenceError(_what_diverged(total), "on these rows")
+        if not _finite(net, total):
+            raise DivergenceError(_what_diverged(total), "on these rows")
     kept = trainer if trainer.rest() else None
     net.stream = replace(stream, optimizer=optimizer, steps=stream.steps + len(steps), trainer=kept, before=before)
     net.steps_taken += len(steps)

@@ -114,8 +114,8 @@ def compare(
     """Measure them all at task `what` on `case`, in `rounds` rounds at most.
 
     Fewer are enough once the ratios to the first are settled. A run has `fewest` repeats at least, unless that is long
-    for the slowest. All build and compile at the same time, and no other
-    variants are tried after `search` seconds of it; nothing else happens at the same time as something else.
+    for the slowest. All build and compile at the same time, and no other variants are tried after `search` seconds of
+    it; nothing else happens at the same time as something else.
     """
     task = TASKS[what]
     comparison = Comparison(case, {name: Row() for name in contenders})

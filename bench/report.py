@@ -61,7 +61,8 @@ def benchmarks() -> str:
     found = all_results()
     devices = {"GPU" if result.machine["gpu"] else "CPU" for result in found}
     missing = [f"Speed on a {device}: not yet measured." for device in ("CPU", "GPU") if device not in devices]
-    return "\n\n".join([*([short(found)] if found else []), *missing])
+    measured = [short(found)] if found else []
+    return "\n\n".join([*measured, *missing])
 
 
 def page() -> str:

@@ -625,6 +625,20 @@ def test_every_plot_is_drawn(result, tmp_path):
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "again").iterdir()} == drawn
 
 
+@pytest.mark.parametrize(
+    ("seconds", "fewest", "steps"),
+    [
+        ((1e-4, 5e-4), 1, 72),  # 7 ms of the fastest
+        ((1e-3, 2e-3), 32, 32),
+        ((1e-2, 5e-2), 32, 8),  # 0.4 s of the slowest
+        ((1e-5, 1e-4), 32, 700),
+        ((1.0, 2.0), 32, 4),  # as many as there are mini-batches
+    ],
+)
+def test_a_run_has_as_many_steps_as_an_epochs_costs_need(seconds, fewest, steps):
+    assert comparison._plan(seconds, 4, fewest)["n"] == steps
+
+
 def test_the_readme_takes_its_figures_from_the_files_alone(monkeypatch, result):
     monkeypatch.setattr(report, "all_results", lambda: [])
     assert report.benchmarks() == "Speed on a CPU: not yet measured.\n\nSpeed on a GPU: not yet measured."

@@ -234,12 +234,15 @@ def test_classes_are_told_apart_as_by_a_label_binarizer(y):
 
 def test_partial_fit_goes_on_with_the_memory_of_its_last_call():
     _, X, y = PROBLEMS["multi-class"]
-    a, b = (ours.MLPClassifier(random_state=1) for _ in range(2))
+    a, b = (ours.MLPClassifier(random_state=1, backend="cpu") for _ in range(2))
+    kept = []
     for start in range(0, 700, 100):
         rows = slice(start, start + 100)
         a.partial_fit(X[rows], y[rows], classes=np.arange(10))
+        kept.append(a._optimizer.trainer)
         b = pickle.loads(pickle.dumps(b)).partial_fit(X[rows], y[rows], classes=np.arange(10))  # without memory
     assert_same(a.coefs_[0], b.coefs_[0], 0)
+    assert all(trainer is kept[0] is not None for trainer in kept)
     c = ours.MLPRegressor(solver="sgd", learning_rate_init=1e300)
     with pytest.raises(ValueError, match="non-finite"):
         c.partial_fit(X, y)

@@ -377,7 +377,7 @@ def test_a_stream_may_end_with_a_smaller_piece(X, y):
 
 @pytest.mark.parametrize("optimizer", [bp.SGD(0.1, momentum=0.9), bp.Adam(0.01, clip_norm=1.0), bp.RMSprop(0.01)])
 def test_a_stream_goes_on_with_the_memory_of_its_last_call(X, y, optimizer):
-    net, expected = make_net(dropout=0.2), make_net(dropout=0.2)
+    net, expected, kept = make_net(dropout=0.2), make_net(dropout=0.2), []
     for i in range(0, 96, 16):
         weight = None if i < 48 else 1.0 + y[i : i + 16]
         if i == 64:
@@ -385,10 +385,12 @@ def test_a_stream_goes_on_with_the_memory_of_its_last_call(X, y, optimizer):
                 each.W[0][1] *= 0.5  # parameters are the user's between calls
         for each in (net, expected):
             each.partial_fit(X[i : i + 16], y[i : i + 16], optimizer=optimizer, sample_weight=weight)
-        assert expected.stream.trainer is None or expected.stream.trainer is not net.stream.trainer
+        kept.append(net.stream.trainer)
         expected.stream.trainer = None
     assert np.array_equal(net.parameters, expected.parameters)
     assert all(np.array_equal(net.stream.state[k], expected.stream.state[k]) for k in optimizer.slots)
+    assert all(trainer is kept[0] for trainer in kept)
+    assert (kept[0] is not None) == (net.backend == "cpu")
 
 
 def test_a_stream_keeps_neither_the_rows_nor_what_a_failure_left(X, y):
@@ -405,6 +407,24 @@ def test_a_stream_keeps_neither_the_rows_nor_what_a_failure_left(X, y):
         net.partial_fit(1e200 * X, targets)
     for each in (net, expected):
         each.partial_fit(X, targets)
+    assert np.array_equal(net.parameters, expected.parameters)
+
+
+def test_an_interrupted_stream_is_as_before(X, y, monkeypatch):
+    net, expected = make_net(), make_net()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for each in (net, expected):
+        each.partial_fit(X, y)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_finite", interrupt)  # just after the updates
+        with pytest.raises(KeyboardInterrupt):
+            net.partial_fit(X, y)
+    assert np.array_equal(net.parameters, expected.parameters)
+    for each in (net, expected):
+        each.partial_fit(X, y)
     assert np.array_equal(net.parameters, expected.parameters)
 
 

@@ -29,7 +29,7 @@ BYTES_PER_CALL = 64 << 20
 
 
 class StepTrainer(Trainer):
-    """Trains a job in whole steps. Within a `run`, parameters and optimizer state live in panels."""
+    """Trains a job in whole steps. Parameters live in panels during a `run`, and the state after it too."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job

@@ -62,13 +62,12 @@ def train(
 ):
     """One thread's part of a step for each of `learning_rates`.
 
-    vectors : the flat vectors of the parameters and of the optimizer's slots, empty where there is none. The first
-    n_loaded are packed before the first step, the first n_stored written after the last.
-
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
     its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
-    step's C without the penalty, and of the penalty. Returns early where the barrier is stopped.
+    step's C without the penalty, and of the penalty; vectors : flat, the parameters and the optimizer's slots, empty
+    where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
+    after the last. Returns early where the barrier is stopped.
     """
     here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
     if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
