@@ -468,7 +468,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
             n_steps = None if incremental else self.max_iter * -(-len(train) // batch_size)
             self._optimizer = self._new_solver(n_steps)
         epochs = Epochs(problem, self._optimizer, batch_size)
-        self._optimizer.trainer = None  # until this has not failed: NaN may be left in its memory
+        self._optimizer.trainer = None  # a failure may leave NaN in its memory
         try:
             self._run(epochs, train, validation, random_state, incremental)
         except KeyboardInterrupt:

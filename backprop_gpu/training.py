@@ -526,7 +526,7 @@ def partial_fit(
     order = np.arange(len(rows))
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
     trainer = _trainer(net, job, stream.trainer)
-    stream.trainer = None  # until this has not failed: NaN may be left in its memory, even where that only fills up
+    stream.trainer = None  # a failure may leave NaN in its memory
     vectors = (net.parameters, *stream.state.values())
     before = stream.before or [np.empty(x.shape, x.dtype) for x in vectors]
     with _all_or_nothing(net, vectors, before), _reported_as_divergence():

@@ -52,8 +52,8 @@ __all__ = ["INNER", "EntryPoint", "compiled", "entry_point", "executable", "name
 logger = logging.getLogger("backprop_gpu")
 
 # Functions that only other compiled functions call are translated each by itself, and optimised where they end up:
-# Numba optimises every function with all that it calls, and makes machine code of that, though machine code is wanted
-# for the entry points alone. At ten levels of calls, a training step so went through LLVM ten times: 32 s; now 15.
+# Numba optimises every function with all that it calls, so at ten levels of calls a training step went through LLVM ten
+# times: 32 s; now 15.
 
 
 class InnerCompiler(CompilerBase):  # type: ignore[misc]
