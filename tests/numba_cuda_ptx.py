@@ -5,10 +5,11 @@ that its tables allow (each activation in each tile, with dropout and without; e
 output layer; each optimizer; …) with arrays of the host, and what it would launch is noted down. So a new activation,
 loss, optimizer or tile is compiled without a change here.
 
-A test starts it. Every kernel is compiled for the oldest architecture, whose PTX runs on all newer ones. Kernels of the
-smallest size (tile, or lanes that share a row) are compiled for the newest too, as libNVVM has one code generator below
-10.0 and another from there on; and so many of these for every architecture that each operation has each of its words
-(activation, loss, optimizer, dtype, …) once. `--all` compiles every kernel for every architecture.
+A test starts it. Every kernel of the smallest size (tile, or lanes that share a row) is compiled for the oldest
+architecture, whose PTX runs on all newer ones, and for the newest, as libNVVM has one code generator below 10.0 and
+another from there on. Of the larger sizes, each has each of an operation's words (activation, loss, dtype, …) once for
+the oldest: what follows a product is the same function in every tile. The architectures between them compile each
+operation in each dtype. `--all` compiles every kernel for every architecture.
 """
 
 import argparse
@@ -128,26 +129,45 @@ def others(dtype):
 
 
 @cache
-def covering():
-    """Names of some kernels: each operation with each of its words (tile, activation, loss, dtype, …), once or more."""
+def covering(view):
+    """Names of some kernels, so that each operation has each of what `view(its size, its other words)` yields once."""
     met, chosen = set(), set()
     for dtype, cases in groups():
         for what, _ in cases():
             name = f"{what}, {dtype}"
             operation, *words = name.split(", ")
-            new = {(operation, word) for word in words} - met
+            new = {(operation, seen) for seen in view(sizes(name), words)} - met
             if new:
                 met |= new
                 chosen.add(name)
     return chosen
 
 
+def each_word_in_each_size(size, words):
+    return product([size], words)
+
+
+def each_size(size, words):
+    return [size]
+
+
+def each_dtype(size, words):
+    return words[-1:]
+
+
+def sizes(name):
+    """The tile, or the lanes, in a kernel's name."""
+    return frozenset(re.findall(r"\b\d+(?:x\d+)?\b", name))
+
+
 def wanted(name, cc):
     """Whether a kernel is compiled for an architecture in every run of the test."""
-    larger = not SMALLEST.issuperset(re.findall(r"\b\d+(?:x\d+)?\b", name))
+    smallest = sizes(name) <= SMALLEST
+    if cc == KNOWN[0]:
+        return smallest or name in covering(each_word_in_each_size)
     if cc == KNOWN[-1]:
-        return not larger or name in covering()
-    return cc == KNOWN[0] or (not larger and name in covering())
+        return smallest or name in covering(each_size)
+    return name in covering(each_dtype)
 
 
 # Compiling it
@@ -224,8 +244,16 @@ def loops_that_multiply(code):
     return [part for part in parts if "bar.sync" in part and "fma.rn" in part]
 
 
+def library_of(launch):
+    """Of the kernel that it launches."""
+    noted.clear()
+    launch(0, 0)
+    (note,) = noted
+    return compiled(*note)
+
+
 def main(output, everything):
-    """Compiles every kernel, and writes down the facts about each, by architecture."""
+    """Compiles the kernels, and writes down the facts about each, by architecture: none where it was left out."""
     n_groups = len(list(groups()))
     with multiprocessing.Pool(min(n_groups, multiprocessing.cpu_count())) as pool:
         found = pool.starmap(compile_group, [(number, everything) for number in range(n_groups)], chunksize=1)
@@ -237,16 +265,12 @@ def compile_group(number, everything):
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)  # Numba makes many objects that live long: 15 % of the time
     dtype, cases = list(groups())[number]
-    libraries = {}
-    for what, launch in cases():
-        noted.clear()
-        launch(0, 0)
-        (note,) = noted
-        assert f"{what}, {dtype}" not in libraries
-        libraries[f"{what}, {dtype}"] = compiled(*note)
-    result = {name: {} for name in libraries}
-    for cc in KNOWN:
-        names = [name for name in libraries if everything or wanted(name, cc)]
+    launches = {f"{what}, {dtype}": launch for what, launch in cases()}
+    assert len(launches) == len(list(cases()))
+    names_for = {cc: [name for name in launches if everything or wanted(name, cc)] for cc in KNOWN}
+    libraries = {name: library_of(launches[name]) for name in dict.fromkeys(chain.from_iterable(names_for.values()))}
+    result = {name: {} for name in launches}
+    for cc, names in names_for.items():
         for some in batched(names, 16):
             target, found = ptx_of([libraries[name] for name in some], cc)
             assert len(found) == len(some)

@@ -490,19 +490,24 @@ def assert_every_activation_is_in_every_product(names, dtype):
 
 
 def assert_every_architecture_is_served(facts, everything):
-    """Each word of an operation (activation, loss, dtype, …); every kernel by the oldest; every size by the newest."""
+    """Each operation in each dtype by all; all of the smallest size, and every size, by the oldest and the newest.
+
+    And each word of an operation (activation, loss, …) in each size by the oldest.
+    """
     known = set().union(*facts.values())
     assert known >= {"75", "80", "86", "89", "90"}
-    first, last = sorted(known, key=int)[:: len(known) - 1]
-    words = {}
+    ends = set(sorted(known, key=int)[:: len(known) - 1])
+    served = {}
     for name, by_architecture in facts.items():
-        assert set(by_architecture) == known if everything else first in by_architecture, name
-        operation, *rest = name.split(", ")
-        for word in rest:
-            words.setdefault((operation, word), set()).update(by_architecture)
-    for (operation, word), met in words.items():
-        is_size = re.fullmatch(r"\d+(x\d+)?", word)
-        assert met >= {first, last} if is_size else met == known, (operation, word)
+        operation, *words, dtype = name.split(", ")
+        size = next(filter(re.compile(r"\d+(x\d+)?").fullmatch, words), "")
+        least = known if everything else ends if size in ("", "1", "32x32") else set()
+        assert set(by_architecture) >= least, name
+        cells = [((operation, dtype), known), ((operation, size), ends)]
+        for cell, wanted in cells + [((operation, size, word), {"75"}) for word in (*words, dtype)]:
+            served.setdefault(cell, (wanted, set()))[1].update(by_architecture)
+    for cell, (wanted, met) in served.items():
+        assert met >= wanted, cell
 
 
 def assert_as_it_should_be(kernel, seen, name):

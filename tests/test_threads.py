@@ -301,7 +301,7 @@ def _squares(n_threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:.*JAX is multithreaded:RuntimeWarning")
 def test_a_forked_child_runs_teams_too():
     assert _squares(3) == 5
     child = os.fork()

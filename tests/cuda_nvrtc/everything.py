@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ def compiled(job: Job) -> list[str]:
 def run(wanted: Sequence[Job], record: Path, minutes: float) -> None:
     """As many of the jobs as there is time for."""
     end, common = time.monotonic() + 60 * minutes, sources()
-    with record.open("a") as file, ProcessPoolExecutor() as pool:
+    with record.open("a") as file, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for job, spilling in zip(wanted, pool.map(_before, repeat(end), wanted), strict=False):
             if spilling is not None:
                 print(json.dumps((job.key(common), spilling)), file=file, flush=True)
