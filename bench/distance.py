@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 
 import numba
 import numpy as np
 
-from backprop_gpu.backends import threads
 from backprop_gpu.kernels.numba_cpu import barrier as barriers
 
 __all__ = ["Distance", "handover_seconds"]
@@ -62,13 +62,19 @@ def handover_seconds() -> float:
             if thread == 0:
                 parts[part] = time.perf_counter() - start
 
-    def stop() -> None:
-        line[0] = barriers.STOPPED
-
+    others = [threading.Thread(target=work, args=(thread,)) for thread in range(1, len(processors))]
     try:
-        threads.run(len(processors), work, stop)
+        for other in others:
+            other.start()
+        work(0)
+    except BaseException:
+        line[0] = barriers.STOPPED  # or they would wait for ever
+        raise
     finally:
         os.sched_setaffinity(0, processors)
+        for other in others:
+            if other.ident is not None:
+                other.join()
     return float(parts.min()) / (times * len(processors))
 
 

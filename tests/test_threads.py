@@ -1,10 +1,12 @@
-"""How many threads are used, running a function on them, and the barrier where they meet."""
+"""How many threads are used, running a compiled function on them, and the barrier where they meet."""
 
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,197 +141,152 @@ def test_a_blas_that_has_one_thread_anyway_is_no_limit(library, expected, machin
     assert threads.available() == expected
 
 
-# Running
+# Running, by threads that compiled code starts
 
 
-@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
-def test_work_is_done_once_for_each_thread_and_by_as_many_threads(n_threads):
-    seen = []
-    meet = threading.Barrier(n_threads)
+@pytest.fixture(scope="module")
+def team():
+    pytest.importorskip("numba", reason="the cpu backend needs Numba")
+    from backprop_gpu.kernels.numba_cpu import team
 
-    def work(t):
-        meet.wait()
-        seen.append((t, threading.get_ident()))
-        meet.wait()
-
-    threads.run(n_threads, work)
-    assert sorted(t for t, _ in seen) == list(range(n_threads))
-    assert len({ident for _, ident in seen}) == n_threads
-    assert (0, threading.get_ident()) in seen
+    return team
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_the_first_error_is_raised_when_the_others_have_stopped(failing):
-    meet, stopped, finished = threading.Barrier(3), threading.Event(), []
+SQUARES = """
+import numpy as np
+from backprop_gpu.backends import threads
+from backprop_gpu.kernels.numba_cpu import barrier, team
+from backprop_gpu.kernels.numba_cpu.compile import compiled, executable
 
-    def work(t):
-        meet.wait()
-        if t == failing:
-            raise KeyError(t)
-        stopped.wait()
-        finished.append(t)
-        raise ValueError("because the first one failed")
+run, wait = team.run, barrier.wait
 
-    with pytest.raises(KeyError, match=str(failing)):
-        threads.run(3, work, stopped.set)
-    assert sorted(finished) == sorted({0, 1, 2} - {failing})
+@compiled
+def part_of_squares(t, n_threads, counters, out):
+    out[t, 0] += t**2
+    if wait(counters, n_threads):  # which ends when all are there
+        out[t, 1] += out[:, 0].sum()
 
+@executable
+def in_parallel(n_threads, counters, out):
+    return run(part_of_squares, n_threads, counters.ctypes.data, (n_threads, counters, out))
 
-def test_a_thread_that_cannot_be_started_stops_those_that_were(monkeypatch):
-    start, started = threads._thread.start_new_thread, []
-    stopped, finished = threading.Event(), []
-
-    def start_one(function, arguments):
-        if started:
-            raise RuntimeError("can't start new thread")
-        started.append(start(function, arguments))
-        begun.wait()
-
-    begun = threading.Event()
-
-    def work(t):
-        begun.set()
-        stopped.wait()
-        finished.append(t)
-
-    monkeypatch.setattr(threads._thread, "start_new_thread", start_one)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        threads.run(4, work, stopped.set)
-    assert finished == [1]
+def squares(n_threads):
+    out = np.zeros((n_threads, 2))
+    threads.require(in_parallel(n_threads, barrier.new(), out))
+    return out
+"""
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this platform sends no signals to a thread")
-def test_ctrl_c_while_waiting_for_the_others_waits_for_their_end():
-    stopped, finished = threading.Event(), []
-
-    def work(t):
-        if t == 1:
-            # Where it comes just before the wait begins, Python notices it at the end alone: then, once more.
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            while not stopped.wait(5):
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            finished.append(t)
-
-    with pytest.raises(KeyboardInterrupt):
-        threads.run(2, work, stopped.set)
-    assert finished == [1]
+@pytest.fixture(scope="module")
+def squares(team):
+    """squares(n_threads): t² of each thread, and beside it the sum over all, which each has seen once."""
+    names = {}
+    exec(SQUARES, names)
+    return names["squares"]
 
 
-def test_a_second_ctrl_c_waits_for_their_end_too():
-    meet, stopped, finished, more = threading.Barrier(2), threading.Event(), [], [1]
-
-    def stop():
-        if more:
-            more.pop()
-            raise KeyboardInterrupt
-        stopped.set()
-
-    def work(t):
-        meet.wait()
-        if t == 0:
-            raise KeyError(t)
-        stopped.wait()
-        finished.append(t)
-
-    with pytest.raises(KeyboardInterrupt):
-        threads.run(2, work, stop)
-    assert finished == [1]
+def _expected(n_threads):
+    each = np.arange(n_threads) ** 2.0
+    return np.stack([each, np.full(n_threads, each.sum())], 1)
 
 
-def test_an_interruption_anywhere_leaves_no_thread_at_work():
-    """An exception at every bytecode of `run` in turn, as Ctrl-C raises one."""
-    n_places, interrupted = 0, True
-    while interrupted:
-        n_places += 1
-        interrupted = _interrupted_at(n_places)
-    assert n_places > 50
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7, 61])
+def test_work_is_done_once_for_each_thread_and_by_as_many_threads(n_threads, squares):
+    assert np.array_equal(squares(n_threads), _expected(n_threads))
 
 
-def _interrupted_at(place):
-    """Whether `run` was interrupted at its bytecode number `place`, having none left at work when it is over."""
-    stopped, at_work, left = threading.Event(), [], place
-
-    def work(t):
-        if t > 0:
-            at_work.append(t)
-            stopped.wait()
-            at_work.remove(t)
-        else:
-            stopped.set()
-
-    def trace(frame, event, argument):
-        nonlocal left
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    tracer = sys.gettrace()
-    sys.settrace(lambda frame, event, argument: trace if frame.f_code is threads.run.__code__ else None)
-    try:
-        threads.run(3, work, stopped.set)
-        return False
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracer)
-        assert at_work == []
-
-
-def test_several_threads_may_run_teams_at_once():
-    done = np.zeros((5, 3, 20), np.int64)
+def test_several_threads_may_run_teams_at_once(squares):
+    right = np.zeros((5, 20), bool)
 
     def use(user):
         for i in range(20):
-            threads.run(3, lambda t, i=i: done.__setitem__((user, t, i), 1))
+            right[user, i] = np.array_equal(squares(3), _expected(3))
 
     users = [threading.Thread(target=use, args=(user,)) for user in range(5)]
     for user in users:
         user.start()
     for user in users:
         user.join()
-    assert done.all()
+    assert right.all()
 
 
-def _squares(n_threads):
-    """A team's work, for processes to do."""
-    out = np.zeros(n_threads)
-    threads.run(n_threads, lambda t: out.__setitem__(t, t**2))
-    return out.sum()
+def test_every_thread_has_ended_when_the_call_returns(squares):
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        pytest.skip("this system does not list a process's threads")
+    before = len(list(tasks.iterdir()))
+    for _ in range(50):
+        squares(5)
+    assert len(list(tasks.iterdir())) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by Linux's resource.setrlimit")
+def test_threads_that_cannot_be_started_stop_those_that_were():
+    """And a training that needs them says what to do, and leaves the model as it was."""
+    program = f"""{SQUARES}
+import os, resource
+from pathlib import Path
+import backprop_gpu as bp
+
+net = bp.MLP([5, 256, 256, 3], backend="cpu", seed=0)
+X, y = np.random.default_rng(0).standard_normal((2000, 5)), np.arange(2000) % 3
+os.environ["BACKPROP_GPU_NUM_THREADS"] = "100"
+net.partial_fit(X, y, batch_size=2000)
+squares(2)
+before, n_threads = net.parameters.copy(), len(list(Path("/proc/self/task").iterdir()))
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, -1))  # of each thread
+resource.setrlimit(resource.RLIMIT_AS, (size + (500 << 20), -1))
+for fails in (lambda: squares(100), lambda: net.partial_fit(X, y, batch_size=2000)):
+    try:
+        fails()
+    except RuntimeError as error:
+        print(error)
+assert len(list(Path("/proc/self/task").iterdir())) == n_threads
+assert np.array_equal(net.parameters, before)
+os.environ["BACKPROP_GPU_NUM_THREADS"] = "2"
+net.partial_fit(X, y, batch_size=2000)
+assert not np.array_equal(net.parameters, before)
+print(squares(2).tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert result.stderr == ""
+    first, second, squares = result.stdout.splitlines()
+    assert first == second
+    assert first.startswith("the system starts no more threads for this process")
+    assert first.endswith("BACKPROP_GPU_NUM_THREADS=1")
+    assert squares == str(_expected(2).tolist())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:.*JAX is multithreaded:RuntimeWarning")
-def test_a_forked_child_runs_teams_too():
-    assert _squares(3) == 5
+def test_a_forked_child_runs_teams_too(squares):
+    assert np.array_equal(squares(3), _expected(3))
     child = os.fork()
     if child == 0:
         status = 1
         try:
             signal.alarm(60)
-            status = 0 if _squares(3) == 5 and threads.available() >= 1 else 2
+            status = 0 if np.array_equal(squares(3), _expected(3)) and threads.available() >= 1 else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_joblibs_workers_run_teams_too(backend):
+def test_joblibs_workers_run_teams_too(backend, team):
     """In a process of its own, because joblib leaves workers behind."""
     pytest.importorskip("joblib", reason="joblib is not installed")
     program = f"""
-import joblib, numpy as np
-from backprop_gpu.backends import threads
+import joblib
 
-def squares(n_threads):
-    out = np.zeros(n_threads)
-    threads.run(n_threads, lambda t: out.__setitem__(t, t**2))
-    return float(out.sum()), threads.available()
+def total(n_threads):
+    names = {{}}
+    exec({SQUARES!r}, names)
+    return float(names["squares"](n_threads)[-1, -1]), names["threads"].available()
 
 if __name__ == "__main__":
-    results = joblib.Parallel(n_jobs=2, backend={backend!r})(joblib.delayed(squares)(n) for n in (2, 3, 4))
+    results = joblib.Parallel(n_jobs=2, backend={backend!r})(joblib.delayed(total)(n) for n in (2, 3, 4))
     print([total for total, _ in results], min(n for _, n in results) >= 1)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
@@ -345,6 +302,12 @@ def barrier():
     from backprop_gpu.kernels.numba_cpu import barrier
 
     return barrier
+
+
+def _on_threads(n_threads, work):
+    """work(t) for each, at the same time."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(work, range(n_threads)))
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +343,7 @@ def test_after_the_barrier_every_thread_sees_what_all_have_written(n_threads, ba
     def work(t):
         unseen[t] = rounds(t, n_threads, n_rounds, counters, written)
 
-    threads.run(n_threads, work)
+    _on_threads(n_threads, work)
     assert unseen.tolist() == [0] * n_threads
     assert (written == n_rounds).all()
 
@@ -392,35 +355,32 @@ def test_its_counters_lie_in_cache_lines_of_their_own(barrier):
         assert not counters.any()
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_stopped_barrier_lets_all_who_wait_go(failing, barrier, rounds):
-    meet, counters, results = threading.Barrier(3), barrier.new(), {}
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_stopped_barrier_lets_all_who_wait_go(missing, barrier, rounds):
+    counters = barrier.new()
 
     def work(t):
-        meet.wait()
-        if t == failing:
-            raise KeyError(t)
-        results[t] = rounds(t, 3, 10, counters, np.zeros(3))
+        if t == missing:
+            counters[barrier.GENERATION] = barrier.STOPPED
+            return t
+        return rounds(t, 3, 10, counters, np.zeros(3))
 
-    with pytest.raises(KeyError, match=str(failing)):
-        threads.run(3, work, lambda: barrier.stop(counters))
-    assert results == dict.fromkeys({0, 1, 2} - {failing}, -1)
+    assert _on_threads(3, work) == [t if t == missing else -1 for t in range(3)]
 
 
 def test_a_stop_in_the_middle_is_not_lost(barrier, rounds):
     """The threads that go on for ever unless they see it: one stops them from outside their rounds."""
-    counters, results = barrier.new(), {}
+    counters = barrier.new()
 
     def work(t):
-        if t == 2:
-            while counters[barrier.GENERATION] < 1000:
-                pass
-            raise KeyError(t)
-        results[t] = rounds(t, 2, 2**62, counters, np.zeros(2))
+        if t < 2:
+            return rounds(t, 2, 2**62, counters, np.zeros(2))
+        while counters[barrier.GENERATION] < 1000:
+            pass
+        counters[barrier.GENERATION] = barrier.STOPPED
+        return -1
 
-    with pytest.raises(KeyError):
-        threads.run(3, work, lambda: barrier.stop(counters))
-    assert max(results.values()) < 0
+    assert max(_on_threads(3, work)) < 0
 
 
 @pytest.mark.parametrize(

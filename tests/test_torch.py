@@ -102,14 +102,41 @@ def test_any_number_of_threads(sizes, rows, threads, started, on_threads, monkey
         assert torch.equal(actual, repeated)
 
 
+BY_TEAM = """
+import numpy as np
+from backprop_gpu import _torch_passes
+from backprop_gpu.kernels.numba_cpu import team
+from backprop_gpu.kernels.numba_cpu.compile import compiled, executable
+
+run_by_team = team.run_by_team
+
+@compiled
+def part(t, out):
+    out[t] += 1
+
+@executable
+def in_parallel(run, thread, size, n_threads, out):
+    return run_by_team(part, run, thread, size, 2, n_threads, (out,))
+
+def by_team(n_threads):
+    out = np.zeros(3)
+    return in_parallel(*_torch_passes._team(), n_threads, out), out.tolist()
+"""
+
+
 @pytest.mark.skipif(_torch_passes._team() is None, reason="PyTorch has no OpenMP library of GCC's interface here")
-def test_no_thread_is_started_where_pytorch_has_a_team(on_threads, monkeypatch):
+def test_where_pytorch_has_a_team_it_does_the_work(on_threads):
     on_threads(2)
-    monkeypatch.setattr(cpu_passes.threads, "run", None)
+    names = {}
+    exec(BY_TEAM, names)
+    assert names["by_team"](1) == (True, [1, 0, 0])
+    assert names["by_team"](2) == (True, [1, 1, 0])
+    assert names["by_team"](3) == (False, [0, 0, 0])
     mlp = FusedMLP([5, 64, 3], "tanh")
     mlp(torch.randn(64, 5)).sum().backward()
     (passes,) = mlp._passes.values()
     assert {call.n_threads for space in passes._passes.free for call in space.calls.values()} == {2}
+    assert passes._passes._has_team()
 
 
 @pytest.mark.parametrize("instead", ["smaller", "forked"])
@@ -119,7 +146,7 @@ def test_without_the_team_threads_are_started(instead, tmp_path):
         pytest.skip("no fork here")
     environment = {"OMP_THREAD_LIMIT": "1"} if instead == "smaller" else {}
     environment |= {"BACKPROP_GPU_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
-    worker = [sys.executable, "-c", WITHOUT_TEAM, instead]
+    worker = [sys.executable, "-c", BY_TEAM + WITHOUT_TEAM, instead]
     subprocess.run(worker, env={**os.environ, **environment}, check=True, timeout=120)
 
 
@@ -130,23 +157,25 @@ from backprop_gpu.torch import FusedMLP
 
 cpu_passes.FLOPS_PER_MEMBER = cpu_passes.FLOPS_PER_THREAD = 1
 torch.set_num_threads(2)
-run, runs = cpu_passes.threads.run, []
-cpu_passes.threads.run = lambda *arguments: runs.append(1) or run(*arguments)
 mlp = FusedMLP([5, 64, 3], "tanh", dtype=torch.float64)
 X = torch.randn(64, 5, dtype=torch.float64)
 plain = mlp.to_torch()
 mlp(X).sum().backward()
+(passes,) = mlp._passes.values()
 if sys.argv[1] == "forked":
     child = os.fork()
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     mlp.zero_grad()
-    runs.clear()
     mlp(X).sum().backward()
+    absent = not passes._passes._has_team()
+else:
+    absent = _torch_passes._team() is None or by_team(2) == (False, [0, 0, 0])
+two = {call.n_threads for space in passes._passes.free for call in space.calls.values()} == {2}
 torch.set_num_threads(1)  # for PyTorch's own operations, which a fork cannot do on more
 plain(X).sum().backward()
 agree = all(torch.allclose(p.grad, q.grad, atol=1e-12) for p, q in zip(mlp.parameters(), plain.parameters()))
-os._exit(0 if agree and len(runs) == 2 else 1)
+os._exit(0 if agree and absent and two else 1)
 """
 
 

@@ -23,6 +23,7 @@ from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob,
 from backprop_gpu.backends.cpu_step import StepTrainer, plain
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
+from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import Optimizer
@@ -43,6 +44,9 @@ FEW_PRODUCTS = 1 << 20
 """Rows times weights of a forward pass that is over in less time than packing the weights and a compiled pass take."""
 
 WANTED = {"z": step.Z, "a": step.A, "labels": step.LABELS}
+
+UNUSED = barriers.new()
+"""For threads that do not wait for each other."""
 
 OUTPUTS_PER_THREAD = 1 << 16
 """Entries of the output layer that take as long as a thread takes to start."""
@@ -80,8 +84,8 @@ class CpuBackend(NumpyBackend):
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
         step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
-        of_thread = record, layout.layers, plain(X), memory, WANTED[wanted], _flat(outputs), labels, sums
-        threading.run(plan.n_threads, lambda thread: step.infer(thread, *of_thread))
+        results = _flat(outputs), labels, sums
+        threading.require(step.infer(record, layout.layers, plain(X), memory, WANTED[wanted], *results, UNUSED))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 
     def sum_squares(self, x: Array) -> float:
@@ -91,7 +95,7 @@ class CpuBackend(NumpyBackend):
     def _output_forward(self, z: Array, output_activation: str, a: Array) -> None:
         sigma, n_columns, x, flat = output_delta.SIGMAS[output_activation], z.shape[1], _flat(z), _flat(a)
         n_threads = min(threading.available(), max(1, z.size // OUTPUTS_PER_THREAD))
-        threading.run(n_threads, lambda t: operations.output_forward_of_rows(t, n_threads, sigma, x, n_columns, flat))
+        threading.require(operations.output_forward_of_rows(n_threads, sigma, x, n_columns, flat, UNUSED))
 
     def _dense_forward(
         self,

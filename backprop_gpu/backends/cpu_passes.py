@@ -31,7 +31,7 @@ __all__ = ["Passes"]
 Record = npt.NDArray[Any]
 
 FLOPS_PER_THREAD = 8e6
-"""Work for which a further thread is started: 50 to 100 µs of it, where starting one costs 25 to 70."""
+"""Work for which a further thread is started: 50 to 100 µs of it, where one takes 36 to start and to end."""
 
 FLOPS_PER_MEMBER = 4e6
 """Work for which a further thread of a team is asked: 40 µs of it.
@@ -53,7 +53,7 @@ class Call(NamedTuple):
     code: Callable[..., bool]
     n_threads: int
     arguments: tuple[Any, ...]
-    """All but the thread."""
+    """All but whether the team's threads do it."""
     numbers: memoryview
     """What changes of the NETWORK record: VARIABLE."""
     addresses: memoryview
@@ -249,17 +249,13 @@ class Passes:
         layers["dropout"] = rates or 0
         addresses = np.zeros((2, len(layers), 2), np.int64)
         arguments = self.team, network, layers, addresses, space.work, space.barrier
-        code = entry.specialised(0, *arguments)
+        code = entry.specialised(False, *arguments)
         numbers = network.view(np.uint8)[-VARIABLE.size :].data
         return Call(code, n_threads, arguments, numbers, addresses.data)
 
     def _run(self, call: Call, space: Workspace) -> None:
         """The pass on its threads; then the memory is free again."""
-        code, arguments = call.code, call.arguments
-        if call.n_threads == 1:
-            code(0, *arguments)
-        elif not (self._has_team() and code(passes.ALL, *arguments)):
-            threads.run(call.n_threads, lambda thread: code(thread, *arguments), lambda: barriers.stop(space.barrier))
+        threads.require(call.code(call.n_threads > 1 and self._has_team(), *call.arguments))
         self.free.append(space)
 
     def _has_team(self) -> bool:

@@ -195,29 +195,24 @@ class StepTrainer(Trainer):
         """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.train` for the rest."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
-        barrier = barriers.new()
-
-        def work(thread: int) -> None:
-            step.train(
-                thread,
-                record,
-                layers,
-                batches,
-                starts,
-                self.memory,
-                barrier,
-                self.settings,
-                learning_rates,
-                alphas,
-                first_step + 1,
-                job.steps_before + first_step,
-                losses,
-                vectors,
-                n_loaded,
-                n_stored,
-            )
-
-        threads.run(plan.n_threads, work, lambda: barriers.stop(barrier))
+        ran = step.train(
+            record,
+            layers,
+            batches,
+            starts,
+            self.memory,
+            barriers.new(),
+            self.settings,
+            learning_rates,
+            alphas,
+            first_step + 1,
+            job.steps_before + first_step,
+            losses,
+            vectors,
+            n_loaded,
+            n_stored,
+        )
+        threads.require(ran)
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 

@@ -1,20 +1,18 @@
-"""How many threads may be used now, and running a function on that many."""
+"""How many threads may be used now. They are started by compiled code, see `kernels/numba_cpu/team.py`."""
 
 from __future__ import annotations
 
-import _thread
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from backprop_gpu.checks import integer
 
-__all__ = ["available", "run"]
+__all__ = ["available", "require"]
 
 
 # How many
@@ -119,72 +117,9 @@ def _read(path: Path) -> str:
         return ""
 
 
-# Running
-
-
-def run(n_threads: int, work: Callable[[int], object], stop: Callable[[], object] = lambda: None) -> None:
-    """work(t) for every t in range(n_threads) at the same time, t = 0 on the calling thread; back when all are done.
-
-    Where one raises, `stop` is called, which has to make the others return, from a barrier too; and so it is where one
-    is interrupted, or cannot be started. Then the first error is raised, and no thread is left at work.
-
-    Threads are started for each call. Those that wait from call to call would save 25 of 70 µs (one thread beside the
-    caller, 1 ms of work; `threading.Thread` costs another 25), but could not be forked: Python warns of it from 3.12
-    on.
-    """
-    errors: list[BaseException] = []
-    team = [_Member(work, t, errors, stop) for t in range(1, n_threads)]
-    try:
-        for member in team:
-            _thread.start_new_thread(member.work_once, ())
-        work(0)
-        for member in team:
-            member.done.acquire()
-    except BaseException as error:
-        errors.append(error)
-        _call_off(team, stop)
-    if errors:
-        raise errors[0]
-
-
-class _Member:
-    """One thread's work, which begins once or is called off before it begins."""
-
-    def __init__(
-        self, work: Callable[[int], object], t: int, errors: list[BaseException], stop: Callable[[], object]
-    ) -> None:
-        self.work, self.t, self.errors, self.stop = work, t, errors, stop
-        self.fate: dict[str, str] = {}
-        self.done = _thread.allocate_lock()
-        self.done.acquire()
-        self.is_over = False
-
-    def work_once(self) -> None:
-        """The work, unless it has been called off."""
-        if self.fate.setdefault("is", "begun") == "begun":
-            try:
-                self.work(self.t)
-            except BaseException as error:
-                self.errors.append(error)
-                self.stop()
-            finally:
-                self.is_over = True
-                self.done.release()
-
-    def call_off(self) -> None:
-        """Keep the work from beginning, or wait for its end.
-
-        Interrupted anywhere, it can be called again, so it does not wait for `done`: that may have been taken.
-        """
-        while self.fate.setdefault("is", "called off") == "begun" and not self.is_over:
-            time.sleep(0.001)
-
-
-def _call_off(team: list[_Member], stop: Callable[[], object]) -> None:
-    try:
-        stop()
-        for member in team:
-            member.call_off()
-    except BaseException:  # Ctrl-C once more: the arrays are still not the caller's
-        _call_off(team, stop)
-        raise
+def require(started: bool) -> None:
+    """RuntimeError unless all threads of a compiled function were started."""
+    if not started:
+        raise RuntimeError(
+            f"the system starts no more threads for this process; end some, or have this library use one: {VARIABLE}=1"
+        )

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 
-__all__ = ["load", "new", "stop", "store", "wait"]
+__all__ = ["GENERATION", "STOPPED", "load", "new", "store", "wait"]
 
 LINE = 16
 """int64 in two cache lines, because processors fetch them in pairs, and some have lines of 128 bytes."""
@@ -27,8 +27,9 @@ ARRIVED, GENERATION = 0, LINE
 """Indices of the two counters. Those who wait look at the second alone, so that nobody who arrives has to take its
 cache line away from them; one counter for both, with two threads, takes 30 ns a round in place of 60."""
 
-STOPPED = np.iinfo(np.int64).min
-"""A generation from which none is reached that is not negative."""
+STOPPED = -(2**63)
+"""A generation from which none is reached that is not negative. Stored by one who knows that not all will
+arrive, it lets all who wait go, now and for ever: whoever arrives at the same time adds to what is there."""
 
 SPINS = 100
 """Looks at the generation before the core is offered to others: 2.5 µs on a Zen 5, up to 14 µs on a Skylake.
@@ -43,15 +44,6 @@ def new() -> npt.NDArray[np.int64]:
     entries = np.zeros(3 * LINE, np.int64)
     start = -(entries.ctypes.data // entries.itemsize) % LINE
     return entries[start : start + 2 * LINE]
-
-
-def stop(barrier: npt.NDArray[np.int64]) -> None:
-    """Let all who wait go, now and for ever, because one will not arrive: it was interrupted, or never started.
-
-    To be called from Python. This is one aligned store, and whoever arrives at the same time adds to what it finds, so
-    it is not lost.
-    """
-    barrier[GENERATION] = STOPPED
 
 
 @compiled

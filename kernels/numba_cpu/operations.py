@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from backprop_gpu.kernels.numba_cpu.activations import apply, multiply_by_derivative
-from backprop_gpu.kernels.numba_cpu.compile import entry_point
+from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward
+from backprop_gpu.kernels.numba_cpu.team import run
 from backprop_gpu.kernels.numba_cpu.update import sum_squares, update
 
 __all__ = [
@@ -58,8 +59,14 @@ def output_delta_of_rows(loss, setting, sigma, z, n_columns, batches, delta):
 
 
 @entry_point
-def output_forward_of_rows(thread, n_threads, sigma, z, n_columns, a):
-    """One thread's rows of a = σ(z) at the output layer, ROWS at a time, which stay in cache."""
+def output_forward_of_rows(n_threads, sigma, z, n_columns, a, barrier):
+    """a = σ(z) at the output layer; False where not all threads could be started."""
+    return run(part_of_output_forward, n_threads, barrier.ctypes.data, (n_threads, sigma, z, n_columns, a))
+
+
+@compiled
+def part_of_output_forward(thread, n_threads, sigma, z, n_columns, a):
+    """One thread's rows, ROWS at a time, which stay in cache."""
     n_rows = z.size // n_columns
     low, high = thread * n_rows // n_threads, (thread + 1) * n_rows // n_threads
     for row in range(low, high, ROWS):

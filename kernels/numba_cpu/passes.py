@@ -20,7 +20,6 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from backprop_gpu.kernels.numba_cpu import openmp
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
 from backprop_gpu.kernels.numba_cpu.barrier import wait
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
@@ -31,17 +30,15 @@ from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, computed, rows_of
+from backprop_gpu.kernels.numba_cpu.team import run, run_by_team
 from backprop_gpu.kernels.numba_cpu.update import add
 
-__all__ = ["ALL", "LAYER", "NETWORK", "Work", "backward", "forward"]
+__all__ = ["LAYER", "NETWORK", "Work", "backward", "forward"]
 
 PARAMETERS, GRADIENTS = range(2)
 WEIGHT, BIAS = range(2)
 """Indices of `addresses`, (2, n_layers, 2): of a layer's parameters and of their gradients; 0 where there is none, or
 none is wanted."""
-
-ALL = -1
-"""In place of the number of a thread."""
 
 IDENTITY = CODES["identity"]
 
@@ -141,16 +138,15 @@ def rows(address, n_rows, n_columns, like):
 
 
 @entry_point
-def forward(thread, team, network, layers, addresses, work, barrier):
-    """See `part_of_forward`: for one thread, or for all that there are if `thread` is ALL; False where it was not run.
+def forward(by_team, team, network, layers, addresses, work, barrier):
+    """On all threads, of the team if `by_team`; False where there are not so many. See `part_of_forward`.
 
-    team : see `openmp.run`: the three addresses, and its size; read for ALL only.
+    team : see `run_by_team`: the three addresses, and its size.
     """
-    if thread == ALL:
-        arguments = network, layers, addresses, work, barrier
-        return openmp.run(part_of_forward, team[0], team[1], team[2], team[3], network[0].n_threads, arguments)
-    part_of_forward(thread, network, layers, addresses, work, barrier)
-    return True
+    arguments, n_threads = (network, layers, addresses, work, barrier), network[0].n_threads
+    if by_team and run_by_team(part_of_forward, team[0], team[1], team[2], team[3], n_threads, arguments):
+        return True
+    return run(part_of_forward, n_threads, barrier.ctypes.data, arguments)
 
 
 @compiled
@@ -265,13 +261,12 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
 
 
 @entry_point
-def backward(thread, team, network, layers, addresses, work, barrier):
+def backward(by_team, team, network, layers, addresses, work, barrier):
     """See `part_of_backward`, and `forward`."""
-    if thread == ALL:
-        arguments = network, layers, addresses, work, barrier
-        return openmp.run(part_of_backward, team[0], team[1], team[2], team[3], network[0].n_threads, arguments)
-    part_of_backward(thread, network, layers, addresses, work, barrier)
-    return True
+    arguments, n_threads = (network, layers, addresses, work, barrier), network[0].n_threads
+    if by_team and run_by_team(part_of_backward, team[0], team[1], team[2], team[3], n_threads, arguments):
+        return True
+    return run(part_of_backward, n_threads, barrier.ctypes.data, arguments)
 
 
 @compiled
