@@ -43,8 +43,8 @@ OTHERS_SHARE = 0.05
 CORES_DROP = 0.8
 """or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has,"""
 FAR, PATIENCE = 3.0, 60.0
-"""or when the processors are three times as far from each other as at their nearest; samples wait for that to pass, all
-of a run together 60 s."""
+"""or when it has several threads and the processors are three times as far from each other as at their nearest; its
+samples wait for that to pass, all of a run together 60 s."""
 ENOUGH = 8
 """Samples after which it can be said that the machine is busy throughout."""
 ATTEMPTS, ATTEMPT_SECONDS = 4, 10.0
@@ -230,11 +230,12 @@ def uncontended(
 def _attempt(
     process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any], float]:
-    far = DISTANCE.wait_until_near()
+    several = process.threads > 1
+    far = DISTANCE.wait_until_near() if several else 0.0
     others, start = Others(process), time.perf_counter()
     answer = take()
     share = others.seconds() / (time.perf_counter() - start)
     process.wait_until_idle()
     usual = median(usual_cores) if usual_cores else answer["cores"]
     cores = CORES_DROP * usual / max(answer["cores"], 1e-9)
-    return answer, max(share / OTHERS_SHARE, cores, far, DISTANCE.excess())
+    return answer, max(share / OTHERS_SHARE, cores, far, DISTANCE.excess() if several else 0.0)

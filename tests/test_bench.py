@@ -208,6 +208,7 @@ class Scripted:
     """A process whose answers are given beforehand, on a machine where others use what they are told to."""
 
     now = 0.0  # one clock for all of them
+    threads = 2
 
     def __init__(self, monkeypatch, number=None, others=(), fails_at=None):
         self.number, self.others, self.samples, self.fails_at = number, list(others), 0, fails_at

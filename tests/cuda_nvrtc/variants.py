@@ -22,7 +22,10 @@ from backprop_gpu.backends.contract import Dropout
 from backprop_gpu.backends.cuda_kernels import Kernels, Launch, Whole
 from backprop_gpu.backends.cuda_plan import LAYOUTS, NUMBERS, TILES, Parts, Tile
 
-__all__ = ["ARCHITECTURES", "Variant", "assertions", "covering", "everything", "options", "representative"]
+__all__ = [
+    *("ARCHITECTURES", "Variant", "assertions", "options"),
+    *("covering", "every_tile", "everything", "representative"),
+]
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities, times ten, that are supported."""
@@ -271,8 +274,8 @@ def everything() -> tuple[Variant, ...]:
     return _unique(all_of_them())
 
 
-def covering() -> tuple[Variant, ...]:
-    """Everything once: each tile with each access of each operand, each activation with and without dropout."""
+def every_tile() -> tuple[Variant, ...]:
+    """Each tile with each access of each operand, in every product."""
 
     def enough() -> Iterator[Variant]:
         for tile in tiles():
@@ -280,6 +283,15 @@ def covering() -> tuple[Variant, ...]:
             yield from dense(tile, ("relu",), (True,), BOTH[1:], outputs(tile.dtype)[-1:])
             for alignment in BOTH:
                 yield gradients(tile, *alignment)
+
+    return _unique(enough())
+
+
+def covering() -> tuple[Variant, ...]:
+    """Everything once: every tile, each activation with and without dropout, and all that is no product."""
+
+    def enough() -> Iterator[Variant]:
+        yield from every_tile()
         for i, sigma in enumerate(bp.ACTIVATIONS):
             for j, dtype in enumerate(("float32", "float64")):
                 yield from dense(TILES[dtype][-1], (sigma,), ((i + j) % 2 == 0,), BOTH[:1], (dtype,))
