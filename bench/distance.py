@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from backprop_gpu.kernels.numba_cpu import barrier as barriers
+from backprop_gpu.kernels.numba_cpu import team
 
 __all__ = ["Distance", "handover_seconds"]
 
@@ -39,12 +39,12 @@ def _hand_on(line, thread, n_threads, first, times):
     """Write to `line`, once in each of `times` rounds, as soon as the thread before has."""
     for i in range(first, first + times):
         turn = i * n_threads + thread
-        here = barriers.load(line)
+        here = team.load(line)
         while here != turn:
             if here < 0:
                 return
-            here = barriers.load(line)
-        barriers.store(line, turn + 1)
+            here = team.load(line)
+        team.store(line, turn + 1)
 
 
 def handover_seconds() -> float:
@@ -52,7 +52,7 @@ def handover_seconds() -> float:
     processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(processors) < 2:
         return 0.0
-    line, parts, times = barriers.new(), np.full(PARTS, math.inf), max(1, HANDOVERS // len(processors))
+    line, parts, times = team.new_barrier(), np.full(PARTS, math.inf), max(1, HANDOVERS // len(processors))
 
     def work(thread: int) -> None:
         os.sched_setaffinity(0, {processors[thread]})  # of this thread alone
@@ -68,7 +68,7 @@ def handover_seconds() -> float:
             other.start()
         work(0)
     except BaseException:
-        line[0] = barriers.STOPPED  # or they would wait for ever
+        line[0] = team.STOPPED  # or they would wait for ever
         raise
     finally:
         os.sched_setaffinity(0, processors)

@@ -298,7 +298,7 @@ def test_processors_that_are_never_near_are_waited_for_once(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound to a processor here")
 def test_a_cache_line_is_handed_on_by_each_processor_in_turn(monkeypatch):
     allowed, line = os.sched_getaffinity(0), np.zeros(32, np.int64)
-    monkeypatch.setattr(distance.barriers, "new", lambda: line)
+    monkeypatch.setattr(distance.team, "new_barrier", lambda: line)
     seconds = distance.handover_seconds()
     assert os.sched_getaffinity(0) == allowed
     if len(allowed) == 1:

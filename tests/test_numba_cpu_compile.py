@@ -173,20 +173,20 @@ def test_only_entry_points_become_machine_code(monkeypatch):
 ENTRY = """
 import sys
 import numpy as np
-from backprop_gpu.kernels.numba_cpu import barrier
+from backprop_gpu.kernels.numba_cpu import team
 from backprop_gpu.kernels.numba_cpu.compile import entry_point
 from backprop_gpu.kernels.numba_cpu.called import add_some
 
 @entry_point
 def total(x, counters):
-    barrier.wait(counters, 1)
+    team.wait(counters, 1)
     s = x.dtype.type(0)
     for i in range(x.size):
         s += x[i]
     return add_some(s)
 
 for dtype in sys.argv[1:]:
-    arguments = np.arange(5, dtype=dtype), barrier.new()
+    arguments = np.arange(5, dtype=dtype), team.new_barrier()
     code = total.specialised(*arguments)
     print(dtype, code(*arguments), len(code.stats.cache_hits), len(code.stats.cache_misses))
 """
@@ -207,7 +207,7 @@ def start(tmp_path, chosen):
     folder = copy / "kernels" / "numba_cpu"
     folder.mkdir(parents=True)
     shutil.copy(KERNELS / "__init__.py", copy / "kernels")
-    for name in ("__init__.py", "compile.py", "barrier.py"):
+    for name in ("__init__.py", "compile.py", "team.py"):
         shutil.copy(KERNELS / "numba_cpu" / name, folder)
     (folder / "entry.py").write_text(ENTRY)
     (folder / "called.py").write_text(CALLED)
@@ -258,7 +258,7 @@ def test_a_change_of_any_source_changes_the_directory(tmp_path, monkeypatch):
     shutil.copytree(KERNELS / "numba_cpu", tmp_path / "numba_cpu")
     monkeypatch.setattr(compiling, "__file__", str(tmp_path / "numba_cpu" / "compile.py"))
     before = compiling._sources_hash()
-    (tmp_path / "numba_cpu" / "barrier.py").write_text("changed")
+    (tmp_path / "numba_cpu" / "team.py").write_text("changed")
     changed = compiling._sources_hash()
     (tmp_path / "numba_cpu" / "new.py").touch()
     longer = compiling._sources_hash()

@@ -23,8 +23,8 @@ from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob,
 from backprop_gpu.backends.cpu_step import StepTrainer, plain
 from backprop_gpu.backends.numpy import NumpyBackend
 from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
-from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu.network import Batches
+from backprop_gpu.kernels.numba_cpu.team import new_barrier
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import Optimizer
 
@@ -45,7 +45,7 @@ FEW_PRODUCTS = 1 << 20
 
 WANTED = {"z": step.Z, "a": step.A, "labels": step.LABELS}
 
-UNUSED = barriers.new()
+UNUSED = new_barrier()
 """For threads that do not wait for each other."""
 
 OUTPUTS_PER_THREAD = 1 << 16
@@ -84,8 +84,8 @@ class CpuBackend(NumpyBackend):
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
         step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
-        results = _flat(outputs), labels, sums
-        threading.require(step.infer(record, layout.layers, plain(X), memory, WANTED[wanted], *results, UNUSED))
+        arguments = record, layout.layers, plain(X), memory, WANTED[wanted], _flat(outputs), labels, sums
+        threading.require(step.infer(plan.n_threads, UNUSED, arguments))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 
     def sum_squares(self, x: Array) -> float:

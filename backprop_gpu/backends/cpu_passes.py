@@ -22,9 +22,9 @@ from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.numpy import FORWARD
 from backprop_gpu.backends.passes import Dropout, Network
 from backprop_gpu.kernels.numba_cpu import activations, passes
-from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
 from backprop_gpu.kernels.numba_cpu.step import GROUP
+from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
 __all__ = ["Passes"]
 
@@ -184,7 +184,7 @@ class Passes:
             whole[start : start + size] for start, size in zip(starts, sizes, strict=False)
         )
         work = passes.Work(packed, transposed, gradients.reshape(self.n_threads, n_gradients), tiles, zeros)
-        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), barriers.new(), {})
+        return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), new_barrier(), {})
 
     def _span(self, columns: int) -> int:
         """From one thread's tile of so many columns to the next: not a multiple of a page."""
@@ -248,7 +248,7 @@ class Passes:
         network["n_deltas"] = space.deltas.size if self.split_rows else self.n_deltas(n_rows)
         layers["dropout"] = rates or 0
         addresses = np.zeros((2, len(layers), 2), np.int64)
-        arguments = self.team, network, layers, addresses, space.work, space.barrier
+        arguments = self.team, n_threads, space.barrier, (network, layers, addresses, space.work, space.barrier)
         code = entry.specialised(False, *arguments)
         numbers = network.view(np.uint8)[-VARIABLE.size :].data
         return Call(code, n_threads, arguments, numbers, addresses.data)

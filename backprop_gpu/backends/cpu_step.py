@@ -13,9 +13,9 @@ import numpy.typing as npt
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob, shares, starts_of
 from backprop_gpu.data import DenseRows
-from backprop_gpu.kernels.numba_cpu import barrier as barriers
 from backprop_gpu.kernels.numba_cpu import step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
+from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
 __all__ = ["StepTrainer", "plain"]
 
@@ -195,13 +195,14 @@ class StepTrainer(Trainer):
         """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.train` for the rest."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
-        ran = step.train(
+        barrier = new_barrier()
+        arguments = (
             record,
             layers,
             batches,
             starts,
             self.memory,
-            barriers.new(),
+            barrier,
             self.settings,
             learning_rates,
             alphas,
@@ -212,7 +213,7 @@ class StepTrainer(Trainer):
             n_loaded,
             n_stored,
         )
-        threads.require(ran)
+        threads.require(step.train(plan.n_threads, barrier, arguments))
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 

@@ -21,7 +21,6 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
-from backprop_gpu.kernels.numba_cpu.barrier import wait
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
@@ -30,7 +29,7 @@ from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, computed, rows_of
-from backprop_gpu.kernels.numba_cpu.team import run, run_by_team
+from backprop_gpu.kernels.numba_cpu.team import run, run_by_team, wait
 from backprop_gpu.kernels.numba_cpu.update import add
 
 __all__ = ["LAYER", "NETWORK", "Work", "backward", "forward"]
@@ -138,12 +137,8 @@ def rows(address, n_rows, n_columns, like):
 
 
 @entry_point
-def forward(by_team, team, network, layers, addresses, work, barrier):
-    """On all threads, of the team if `by_team`; False where there are not so many. See `part_of_forward`.
-
-    team : see `run_by_team`: the three addresses, and its size.
-    """
-    arguments, n_threads = (network, layers, addresses, work, barrier), network[0].n_threads
+def forward(by_team, team, n_threads, barrier, arguments):
+    """See `part_of_forward`; by the team where asked for, see `run_by_team`; False where not all threads are there."""
     if by_team and run_by_team(part_of_forward, team[0], team[1], team[2], team[3], n_threads, arguments):
         return True
     return run(part_of_forward, n_threads, barrier.ctypes.data, arguments)
@@ -261,9 +256,8 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
 
 
 @entry_point
-def backward(by_team, team, network, layers, addresses, work, barrier):
+def backward(by_team, team, n_threads, barrier, arguments):
     """See `part_of_backward`, and `forward`."""
-    arguments, n_threads = (network, layers, addresses, work, barrier), network[0].n_threads
     if by_team and run_by_team(part_of_backward, team[0], team[1], team[2], team[3], n_threads, arguments):
         return True
     return run(part_of_backward, n_threads, barrier.ctypes.data, arguments)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 
-from backprop_gpu.kernels.numba_cpu.barrier import wait
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
 from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
@@ -27,7 +26,7 @@ from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
-from backprop_gpu.kernels.numba_cpu.team import run
+from backprop_gpu.kernels.numba_cpu.team import run, wait
 from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
 
 __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
@@ -43,50 +42,9 @@ CHUNK_ROWS = 256
 
 
 @entry_point
-def train(
-    plan,
-    layers,
-    batches,
-    starts,
-    memory,
-    barrier,
-    settings,
-    learning_rates,
-    alphas,
-    first_step,
-    dropout_step,
-    losses,
-    vectors,
-    n_loaded,
-    n_stored,
-):
-    """A step for each of `learning_rates`, on all threads of the plan; False where not all could be started.
-
-    starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
-    see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
-    its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with each thread's part of each
-    step's C without the penalty, and of the penalty; vectors : flat, the parameters and the optimizer's slots, empty
-    where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
-    after the last.
-    """
-    arguments = (
-        plan,
-        layers,
-        batches,
-        starts,
-        memory,
-        barrier,
-        settings,
-        learning_rates,
-        alphas,
-        first_step,
-        dropout_step,
-        losses,
-        vectors,
-        n_loaded,
-        n_stored,
-    )
-    return run(part_of_train, plan[0].n_threads, barrier.ctypes.data, arguments)
+def train(n_threads, barrier, arguments):
+    """See `part_of_train`; False where not all threads could be started."""
+    return run(part_of_train, n_threads, barrier.ctypes.data, arguments)
 
 
 @compiled
@@ -108,7 +66,15 @@ def part_of_train(
     n_loaded,
     n_stored,
 ):
-    """One thread's part of it. Returns early where the barrier is stopped."""
+    """One thread's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
+
+    starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
+    see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
+    its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
+    step's C without the penalty, and of the penalty; vectors : flat, the parameters and the optimizer's slots, empty
+    where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
+    after the last.
+    """
     here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
     if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
         return
@@ -126,19 +92,18 @@ def part_of_train(
 
 
 @entry_point
-def infer(plan, layers, x, memory, wanted, outputs, labels, sums, barrier):
-    """What the network says of all rows of x, without dropout; False where not all threads could be started.
-
-    wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
-    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
-    """
-    arguments = plan, layers, x, memory, wanted, outputs, labels, sums
-    return run(part_of_infer, plan[0].n_threads, barrier.ctypes.data, arguments)
+def infer(n_threads, barrier, arguments):
+    """See `part_of_infer`, and `train`."""
+    return run(part_of_infer, n_threads, barrier.ctypes.data, arguments)
 
 
 @compiled
 def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums):
-    """One thread's rows."""
+    """One thread's part of what the network says of all rows of x, without dropout.
+
+    wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
+    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
+    """
     here, layer, memory = plan[0], layers[layers.size - 1], borrowed(memory)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     low, high = rows_of(thread, here.n_threads, x.shape[0])
