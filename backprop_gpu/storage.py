@@ -1,4 +1,4 @@
-"""Model files: safetensors with JSON metadata, written atomically; reading one never runs code."""
+"""Model files: safetensors with JSON metadata, written atomically; reading one never runs code. The user's cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PathLike", "read", "replacing", "require_writable", "to_json", "write"]
+__all__ = ["PathLike", "read", "replacing", "require_writable", "to_json", "user_cache", "write"]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -146,3 +147,15 @@ def _target(path: Path) -> Path:
 def _temporary(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def user_cache() -> Path:
+    """The folder of backprop_gpu in the user's cache directory, by the rules of the operating system."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "backprop_gpu"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "backprop_gpu"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification has relative paths ignored.
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "backprop_gpu"

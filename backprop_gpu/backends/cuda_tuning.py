@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from backprop_gpu.backends.contract import Array
-from backprop_gpu.folders import user_cache
+from backprop_gpu.storage import user_cache
 
 __all__ = ["Tuning", "Way"]
 

@@ -45,7 +45,7 @@ from numba.extending import is_jitted
 
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
-from backprop_gpu.folders import user_cache
+from backprop_gpu.storage import user_cache
 
 __all__ = ["INNER", "EntryPoint", "compiled", "entry_point", "executable", "named_apart"]
 
