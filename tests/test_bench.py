@@ -268,6 +268,15 @@ def test_a_sample_is_taken_again_where_the_processors_have_moved_apart(monkeypat
     assert contention <= 1
 
 
+def test_one_thread_is_not_disturbed_by_distance(monkeypatch):
+    process = Scripted(monkeypatch)
+    process.threads = 1
+    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: pytest.fail("nobody has to know")))
+    _, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == 1
+    assert contention <= 1
+
+
 def test_samples_wait_until_the_processors_are_near_but_not_for_ever(monkeypatch):
     waited = []
     monkeypatch.setattr(distance.time, "sleep", waited.append)

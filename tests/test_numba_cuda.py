@@ -455,7 +455,7 @@ def test_an_operation_runs_on_the_stream_that_its_arrays_name(on_gpu):
 # PTX, without a driver
 
 
-def test_every_kernel_compiles_to_ptx(tmp_path):
+def test_kernels_compile_to_ptx(tmp_path):
     """One test, as processes share nothing: the program that it starts has as many as the machine has cores.
 
     With PTX_FOR=all in the environment, every kernel for every architecture; see the program.

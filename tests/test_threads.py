@@ -249,7 +249,7 @@ net.partial_fit(X, y, batch_size=2000)
 assert not np.array_equal(net.parameters, before)
 print(squares(2).tolist())
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert result.stderr == ""
     first, second, squares = result.stdout.splitlines()
     assert first == second

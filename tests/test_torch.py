@@ -132,11 +132,15 @@ def test_where_pytorch_has_a_team_it_does_the_work(on_threads):
     assert names["by_team"](1) == (True, [1, 0, 0])
     assert names["by_team"](2) == (True, [1, 1, 0])
     assert names["by_team"](3) == (False, [0, 0, 0])
-    mlp = FusedMLP([5, 64, 3], "tanh")
+    mlp, asked = FusedMLP([5, 64, 3], "tanh"), []
     mlp(torch.randn(64, 5)).sum().backward()
     (passes,) = mlp._passes.values()
-    assert {call.n_threads for space in passes._passes.free for call in space.calls.values()} == {2}
-    assert passes._passes._has_team()
+    (space,) = passes._passes.free
+    assert {call.n_threads for call in space.calls.values()} == {2}
+    for key, call in space.calls.items():
+        space.calls[key] = call._replace(code=lambda by_team, *rest: asked.append(by_team) or True)
+    mlp(torch.randn(64, 5)).sum().backward()
+    assert asked == [True, True]
 
 
 @pytest.mark.parametrize("instead", ["smaller", "forked"])

@@ -192,7 +192,7 @@ class StepTrainer(Trainer):
         n_loaded: int,
         n_stored: int,
     ) -> npt.NDArray[np.float64]:
-        """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.train` for the rest."""
+        """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.part_of_train`."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
         barrier = new_barrier()

@@ -240,9 +240,7 @@ def wait(barrier, n_threads):
     return load(generation) >= 0
 
 
-_yield = types.ExternalFunction(
-    "SwitchToThread" if "windows" in llvmlite.binding.get_process_triple() else "sched_yield", types.int32()
-)
+_yield = types.ExternalFunction("SwitchToThread" if ON_WINDOWS else "sched_yield", types.int32())
 
 
 @intrinsic

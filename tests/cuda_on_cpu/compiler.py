@@ -55,7 +55,7 @@ def missing() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where shared objects are kept: $BACKPROP_GPU_CUDA_ON_CPU_CACHE, or a folder beside other temporary files."""
+    """Where what is built is kept: $BACKPROP_GPU_CUDA_ON_CPU_CACHE, or a folder beside other temporary files."""
     chosen = os.environ.get("BACKPROP_GPU_CUDA_ON_CPU_CACHE")
     folder = Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"backprop_gpu_cuda_on_cpu_{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def _build_module(text: str, flags: list[str], target: Path) -> None:
 
 
 def _compiled_header(flags: list[str]) -> Path:
-    """device.h for these flags, as g++ reads it in a tenth of the time: 0.3 s of the 0.5 to 0.7 that a module took."""
+    """device.h for these flags, for g++ to read in 0.1 s in place of the 0.35 of a module's 0.5 to 0.7; 16 MB."""
     target = cache_folder() / f"header_{_hash(*flags, _own_text(), _machine())}" / "device.h.gch"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
