@@ -467,7 +467,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         if not incremental or not hasattr(self, "_optimizer"):
             n_steps = None if incremental else self.max_iter * -(-len(train) // batch_size)
             self._optimizer = self._new_solver(n_steps)
-        epochs = Epochs(problem, self._optimizer, batch_size)
+        epochs = Epochs(problem, self._optimizer, batch_size, incremental)
         self._optimizer.trainer = None  # a failure may leave NaN in its memory
         try:
             self._run(epochs, train, validation, random_state, incremental)

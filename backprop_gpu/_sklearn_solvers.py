@@ -172,11 +172,12 @@ class Solver:
 class Epochs:
     """Passes over training rows: one update for each mini-batch, on the backend's trainer."""
 
-    def __init__(self, problem: Problem, solver: Solver, batch_size: int) -> None:
+    def __init__(self, problem: Problem, solver: Solver, batch_size: int, in_stream: bool) -> None:
         net = problem.net
         self.problem, self.solver, self.batch_size = problem, solver, batch_size
         taken = (problem.rows, problem.target, problem.sample_weight)
-        job = training._job(net, solver.optimizer, taken, batch_size, solver.steps_before, solver.state_on(net))
+        settings = (solver.optimizer, taken, batch_size, solver.steps_before, solver.state_on(net))
+        job = training._job(net, *settings, in_stream)
         self.trainer = training._trainer(net, job, solver.trainer)
 
     def run(self, orders: Indices, rows_seen: int, after_step: AfterStep) -> list[float]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -74,7 +73,7 @@ class Stream:
     """Updates of the stream so far."""
     trainer: Trainer | None = field(default=None, repr=False, compare=False)
     """The last call's, which has its memory; no copy and no file has it."""
-    before: list[npt.NDArray[Any]] = field(default_factory=list, repr=False, compare=False)
+    before: list[Array] = field(default_factory=list, repr=False, compare=False)
     """Memory for what the next call may have to undo."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,7 +305,7 @@ class _Run:
 
     def _epoch(self, bar: ProgressBar, interrupted: threading.Event) -> bool:
         """One pass over the training rows; False if it was interrupted on the way."""
-        before = self._parameters()
+        before = self._parameters() if self.trainer.finite is None else None
         order = self.net.rng.permutation(self.train) if self.shuffle else self.train
         rates = self.schedule.rates(np.arange(self.step, self.step + self.n_steps))
         rows_done = 0
@@ -321,10 +320,11 @@ class _Run:
         with _reported_as_divergence():
             total = self.trainer.run(order, rates, _alphas(self.net, self.n_steps), self.step, after_step)
         seconds = time.perf_counter() - start
-        if not _finite(self.net, total):
-            self._set_parameters(before)
+        if what := _what_diverged(self.net, self.trainer, total):
+            if before is not None:
+                self._set_parameters(before)
             self.history.stopped = "diverged"
-            raise DivergenceError(_what_diverged(total), f"in epoch {len(self.history) + 1}", self.history)
+            raise DivergenceError(what, f"in epoch {len(self.history) + 1}", self.history)
         self.step += _n_steps(rows_done, self.job.batch_size)
         self.net.steps_taken = self.job.steps_before + self.step
         if rows_done < len(order):
@@ -388,6 +388,7 @@ def _job(
     batch_size: int,
     steps_before: int,
     state: dict[str, Array] | None = None,
+    in_stream: bool = False,
 ) -> TrainingJob:
     rows, target, w = taken
     return TrainingJob(
@@ -402,6 +403,7 @@ def _job(
         batch_size=batch_size,
         seed=net.seed,
         steps_before=steps_before,
+        in_stream=in_stream,
     )
 
 
@@ -419,11 +421,13 @@ def _reported_as_divergence() -> np.errstate:
     return np.errstate(over="ignore", under="ignore", invalid="ignore")
 
 
-def _finite(net: MLP, total: float) -> bool:
-    return bool(np.isfinite(total) and np.isfinite(float(net.ops.sum_squares(net.parameters))))
-
-
-def _what_diverged(total: float) -> str:
+def _what_diverged(net: MLP, trainer: Trainer, total: float) -> str:
+    """What is no longer finite after a run, in words; "" where all is."""
+    finite = trainer.finite
+    if finite is None:
+        finite = bool(np.isfinite(total) and np.isfinite(float(net.ops.sum_squares(net.parameters))))
+    if finite:
+        return ""
     return "the parameters are" if np.isfinite(total) else "the loss is"
 
 
@@ -498,19 +502,6 @@ class _Taken(Rows):
 # partial_fit
 
 
-@contextmanager
-def _all_or_nothing(net: MLP, vectors: Sequence[Array], before: Sequence[npt.NDArray[Any]]) -> Iterator[None]:
-    """Where the block fails or is interrupted, the vectors are as they were: `before` is memory for that."""
-    for values, x in zip(before, vectors, strict=True):
-        values[...] = net.ops.to_numpy(x)
-    try:
-        yield
-    except BaseException:
-        for x, values in zip(vectors, before, strict=True):
-            x[...] = net.ops.asarray(values)
-        raise
-
-
 def partial_fit(
     net: MLP, X: Any, y: Any, *, batch_size: int | None, optimizer: str | Optimizer, sample_weight: Any
 ) -> float:
@@ -518,22 +509,43 @@ def partial_fit(
     optimizer = optimizers.get(optimizer)
     rows, target, w = net._take_in(X, y, sample_weight)
     batch_size = min(integer("batch_size", batch_size or BATCH_SIZE, at_least=1), len(rows))  # a stream ends anywhere
-    schedule = optimizer.schedule.for_run(None)
     stream = net.stream
     if stream is None or type(stream.optimizer) is not type(optimizer):
         stream = Stream(optimizer, _zero_state(net, optimizer), net.steps_taken)
-    job = _job(net, optimizer, (rows, target, w), batch_size, stream.steps_before, stream.state)
-    order = np.arange(len(rows))
+    job = _job(net, optimizer, (rows, target, w), batch_size, stream.steps_before, stream.state, in_stream=True)
     steps = np.arange(stream.steps, stream.steps + _n_steps(len(rows), batch_size))
+    rates = optimizer.schedule.for_run(None).rates(steps)
     trainer = _trainer(net, job, stream.trainer)
     stream.trainer = None  # a failure may leave NaN in its memory
-    vectors = (net.parameters, *stream.state.values())
-    before = stream.before or [np.empty(x.shape, x.dtype) for x in vectors]
-    with _all_or_nothing(net, vectors, before), _reported_as_divergence():
-        total = trainer.run(order, schedule.rates(steps), _alphas(net, len(steps)), stream.steps, lambda _: True)
-        if not _finite(net, total):
-            raise DivergenceError(_what_diverged(total), "on these rows")
-    kept = trainer if trainer.rest() else None
-    net.stream = replace(stream, optimizer=optimizer, steps=stream.steps + len(steps), trainer=kept, before=before)
-    net.steps_taken += len(steps)
-    return total / _total_weight(w, order)
+
+    def keep() -> None:
+        taken = replace(stream, optimizer=optimizer, steps=stream.steps + len(steps))
+        net.stream, net.steps_taken = taken, net.steps_taken + len(steps)
+        taken.trainer = trainer if trainer.rest() else None
+
+    try:
+        total = _all_or_nothing(net, trainer, stream, rates, len(rows))
+    except KeyboardInterrupt:
+        if trainer.finite:  # it came when all was done
+            keep()
+        raise
+    keep()
+    return total / _total_weight(w, np.arange(len(rows)))
+
+
+def _all_or_nothing(net: MLP, trainer: Trainer, stream: Stream, rates: npt.NDArray[np.float64], n_rows: int) -> float:
+    """A run over all rows in their order; where it fails, or is interrupted, parameters and state are as before."""
+    vectors = (net.parameters, *stream.state.values()) if trainer.finite is None else ()
+    stream.before = stream.before or [net.ops.empty(x.shape, x.dtype) for x in vectors]
+    for values, x in zip(stream.before, vectors, strict=True):
+        values[...] = x
+    try:
+        with _reported_as_divergence():
+            total = trainer.run(np.arange(n_rows), rates, _alphas(net, len(rates)), stream.steps, lambda _: True)
+        if what := _what_diverged(net, trainer, total):
+            raise DivergenceError(what, "on these rows")
+    except BaseException:
+        for x, values in zip(vectors, stream.before, strict=True):
+            x[...] = values
+        raise
+    return total

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -113,6 +114,40 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
         (plan,) = plans
         assert plan.n_threads * panels.BLOCK_ROWS <= max(batch_size, panels.BLOCK_ROWS)
         assert plan.tile_rows % panels.BLOCK_ROWS == 0
+
+
+@pytest.mark.parametrize("split_rows", [True, False])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[1, 2], [30, 64, 64, 2], [784, 256, 128, 10], [1009, 521, 257, 3]])
+def test_groups_are_the_run_of_blocks_that_a_thread_owns(sizes, n_threads, split_rows):
+    architecture = network("numpy", sizes=sizes).architecture
+    layout = cpu_plan.Layout(architecture, cpu_plan.Plan(n_threads, panels.BLOCK_ROWS, split_rows), 64, "float32")
+    blocks = [[block for group in groups for block in range(*group)] for groups in layout.groups()]
+    n_blocks = layout.n_weights // (panels.BLOCK_ROWS * layout.panel)
+    assert [sorted(owned) for owned in blocks] == [
+        list(range(t * n_blocks // n_threads, (t + 1) * n_blocks // n_threads)) for t in range(n_threads)
+    ]
+    assert np.diff(layout.groups(), axis=2).max() <= cpu_plan.GROUP
+
+
+@pytest.mark.parametrize(("text", "kib"), [("2048K\n", 2048), ("512K", 512), ("", 512), ("2M\n", 512), (None, 512)])
+def test_the_cache_is_as_large_as_the_system_says(text, kib, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_plan, "CACHE", tmp_path / "size")
+    if text is not None:
+        cpu_plan.CACHE.write_text(text)
+    assert cpu_plan._cache_bytes() == kib << 10
+
+
+@pytest.mark.parametrize("widths", [(8, 1 << 10), (1 << 10, 1 << 10, 8), (8, 1 << 12, 1 << 12), (8, 1 << 17, 8)])
+def test_a_tile_is_as_high_as_the_widest_product_allows(widths, monkeypatch):
+    monkeypatch.setattr(cpu_plan, "TILE_BYTES", 512 << 10)
+    columns = [panels.round_up(n, panels.width("float32")) for n in widths]
+    row = 4 * max(map(sum, pairwise(columns)))
+    rows = cpu_plan.rows_in_cache(widths, "float32")
+    assert rows % panels.BLOCK_ROWS == 0
+    assert panels.BLOCK_ROWS <= rows <= cpu_plan.TILE_ROWS
+    assert rows * row <= 512 << 10 or rows == panels.BLOCK_ROWS
+    assert (rows + panels.BLOCK_ROWS) * row > 512 << 10 or rows == cpu_plan.TILE_ROWS
 
 
 def test_threads_take_as_many_rows():

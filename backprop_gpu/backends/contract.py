@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,12 +25,12 @@ import numpy.typing as npt
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.activations import Activation
 from backprop_gpu.checks import integer, lookup
+from backprop_gpu.data import DenseRows, Rows
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from backprop_gpu.architecture import Architecture
-    from backprop_gpu.data import Rows
 
 __all__ = [
     "AfterStep",
@@ -94,6 +94,21 @@ class TrainingJob:
     """Updates that the network had before this run: dropout counts its steps on from there, the optimizer from 0."""
     tune: bool = False
     """Measure the ways that the backend has, first, and take the fastest."""
+    in_stream: bool = False
+    """Other rows will follow these: see `Trainer.take_over`."""
+
+    def goes_on_from(self, other: TrainingJob) -> bool:
+        """Whether nothing but the rows differs: the same arrays are trained with the same settings."""
+        settings = ("architecture", "optimizer", "dtype", "batch_size", "seed", "steps_before")
+        arrays = ((job.parameters, *job.state.values()) for job in (self, other))
+        return all(getattr(self, name) == getattr(other, name) for name in settings) and all(
+            x is y for x, y in zip(*arrays, strict=True)
+        )
+
+    def without_rows(self) -> TrainingJob:
+        """The same with rows and targets of no memory."""
+        x = np.empty((0, self.rows.shape[1]), self.rows.dtype)
+        return replace(self, rows=DenseRows(x, self.rows.dtype), target=self.target[:0].copy(), sample_weight=None)
 
 
 Wanted: TypeAlias = Literal["z", "a", "labels"]
@@ -109,6 +124,14 @@ class WholeForward(NamedTuple):
 
 class Trainer(ABC):
     """Whole training steps (forward, loss, backward, update) with every buffer allocated beforehand."""
+
+    @property
+    def finite(self) -> bool | None:
+        """Whether the last `run` came to its end with C and the parameters finite; None where the caller has to look.
+
+        A trainer that tells leaves parameters and state as they were before the run until it has, and where it has not.
+        """
+        return None
 
     @abstractmethod
     def run(

@@ -22,8 +22,8 @@ from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.numpy import FORWARD
 from backprop_gpu.backends.passes import Dropout, Network
 from backprop_gpu.kernels.numba_cpu import activations, passes
+from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
-from backprop_gpu.kernels.numba_cpu.step import GROUP
 from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
 __all__ = ["Passes"]
@@ -147,8 +147,7 @@ class Passes:
 
     def _tile_rows(self) -> int:
         """Rows that a thread takes through all layers at a time: as many as its cache holds."""
-        rows = cpu_plan.TILE_BYTES // (self.dtype.itemsize * (self.kept_columns + self.delta_columns))
-        return int(max(BLOCK_ROWS, min(cpu_plan.TILE_ROWS, rows) // BLOCK_ROWS * BLOCK_ROWS))
+        return cpu_plan.rows_in_cache(self.network.layer_sizes, self.dtype)
 
     # Memory
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.numpy import FORWARD
 from backprop_gpu.kernels.numba_cpu import activations, output_delta
 from backprop_gpu.kernels.numba_cpu import update as updates
+from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
 from backprop_gpu.optimizers import Optimizer
@@ -31,10 +35,23 @@ HUGE_PAGE = 2 << 20
 
 PAGE = 4096
 
-TILE_BYTES = 512 << 10
-"""What a tile may take of a core's cache, with a and δ of every layer: half of a second-level cache.
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+"""Where Linux tells the size of a core's second-level cache."""
 
-784-256-128-10 with 200 rows on two cores of a Zen 5: 490 µs a step with half as much, 483 with this, 477 with twice.
+
+def _cache_bytes() -> int:
+    """Of a core's second-level cache; as small as they come where the system does not tell."""
+    try:
+        return int(CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 512 << 10
+
+
+TILE_BYTES = _cache_bytes()
+"""What a tile's input and output of the widest layer may take: each tile brings all weights in once more.
+
+Two cores of a Xeon with 2 MiB, in ms a step, with tiles for 512 KiB and for all of it, and with those for a and δ of
+all layers in 512 KiB: network L 20.7, 20.3 and 24.2; 1024-1024-1024-10 with 256 rows 13.6, 13.0 and 15.7.
 """
 
 TILE_ROWS = 128
@@ -102,9 +119,15 @@ def _products_of_a_row(architecture: Architecture, dtype: str) -> int:
 def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: int) -> int:
     """As many as fit a core's cache, and so few that a thread's tiles are of one size."""
     rows = math.ceil(n_rows / n_threads)
-    columns = sum(round_up(size, width(dtype)) for size in architecture.layer_sizes)
-    most = min(TILE_ROWS, max(BLOCK_ROWS, TILE_BYTES // (2 * np.dtype(dtype).itemsize * columns)))
+    most = rows_in_cache(architecture.layer_sizes, dtype)
     return int(round_up(math.ceil(rows / math.ceil(rows / most)), BLOCK_ROWS))
+
+
+def rows_in_cache(layer_sizes: Sequence[int], dtype: Any) -> int:
+    """The most rows of a tile: whole blocks."""
+    columns = max(round_up(n_in, width(dtype)) + round_up(n_out, width(dtype)) for n_in, n_out in pairwise(layer_sizes))
+    rows = min(TILE_ROWS, TILE_BYTES // (np.dtype(dtype).itemsize * columns))
+    return max(BLOCK_ROWS, rows // BLOCK_ROWS * BLOCK_ROWS)
 
 
 def rows_of_panel(n_rows: int, dtype: Any) -> int:
@@ -123,6 +146,7 @@ class Layout:
     def __init__(self, architecture: Architecture, plan: Plan, batch_size: int, dtype: str) -> None:
         self.plan, self.dtype = plan, np.dtype(dtype)
         self.panel = width(dtype)
+        self._block_size = BLOCK_ROWS * self.panel
         self.layers = np.zeros(architecture.n_layers, LAYER)
         rows = plan.tile_rows if plan.split_rows else rows_of_panel(batch_size, dtype)
         self.stride, self.tile_stride = rows * self.panel, plan.tile_rows * self.panel
@@ -184,6 +208,34 @@ class Layout:
             layer["factors"], end = end, end + size * (layer["dropout"] > 0)
         return int(end)
 
+    def groups(self) -> npt.NDArray[np.int64]:
+        """(n_threads, n, 2): for each thread the blocks that it updates in one go, first and last + 1, in their order.
+
+        A thread owns a run of blocks. Where it computes their gradients from the whole mini-batch, what lies at the
+        same place in each panel comes together, so that these columns of a_prev stay in its cache meanwhile: network L
+        takes 16.8 in place of 17.7 ms a step on two cores of a Xeon, and M the same.
+        """
+        n_threads, blocks = self.plan.n_threads, self.n_weights // self._block_size
+        owned = [(t * blocks // n_threads, (t + 1) * blocks // n_threads) for t in range(n_threads)]
+        runs = self._runs(blocks)
+        groups = [[(max(a, first), min(b, last)) for a, b in runs if a < last and b > first] for first, last in owned]
+        table = np.zeros((n_threads, max(map(len, groups)), 2), np.int64)
+        for row, of_thread in zip(table, groups, strict=True):
+            row[: len(of_thread)] = np.reshape(of_thread, (-1, 2))
+        return table
+
+    def _runs(self, blocks: int) -> list[tuple[int, int]]:
+        """All blocks in runs of up to `GROUP`, in the order of their update."""
+        if self.plan.split_rows:
+            return [(start, min(start + GROUP, blocks)) for start in range(0, blocks, GROUP)]
+        runs = []
+        for layer in self.layers:
+            start, in_panel = layer["W"] // self._block_size, int(layer["W_stride"]) // self._block_size
+            n_panels, n_runs = self._columns(layer["n_out"]) // self.panel, math.ceil(in_panel / GROUP)
+            for i, panel in itertools.product(range(n_runs), range(start, start + n_panels * in_panel, in_panel)):
+                runs.append((panel + i * in_panel // n_runs, panel + (i + 1) * in_panel // n_runs))
+        return runs
+
     def record(
         self,
         architecture: Architecture,
@@ -226,7 +278,7 @@ class Layout:
         starts = np.cumsum([0, *spans])
         arrays = {name: whole[start : start + n] for (name, n), start in zip(sizes.items(), starts, strict=False)}
         arrays["gradients"] = arrays["gradients"].reshape(threads, n_gradients)
-        return Memory(**arrays, norms=np.zeros((threads, 8)))
+        return Memory(**arrays, norms=np.full((threads, 8), np.nan))
 
     def _span(self, n: int) -> int:
         """From one part to the next: whole cache lines, and no multiple of a page, which caches dislike."""

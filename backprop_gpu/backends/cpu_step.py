@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob, shares, starts_of
-from backprop_gpu.data import DenseRows
-from backprop_gpu.kernels.numba_cpu import step, update
+from backprop_gpu.kernels.numba_cpu import operations, step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
@@ -34,20 +33,25 @@ class StepTrainer(Trainer):
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.n_threads = 0
+        self.norms = np.full((1, 2), np.nan)
         self.next_step = 0
         """After so many updates, the optimizer's state is in panels still; 0 where it has to be packed."""
         self.steps_per_call = 4
         self.settings = update.settings(job.optimizer)
 
+    @property
+    def finite(self) -> bool:
+        """See `Trainer.finite`."""
+        return math.isfinite(self.norms[0, 1])
+
     def rest(self) -> bool:
         """See `Trainer.rest`."""
-        none = DenseRows(np.empty((0, self.job.rows.shape[1]), self.job.rows.dtype), self.job.rows.dtype)
-        self.job = replace(self.job, rows=none, target=np.empty(0, np.int32), sample_weight=None)
+        self.job, self.norms[0, 1] = self.job.without_rows(), np.nan
         return True
 
     def take_over(self, job: TrainingJob) -> bool:
         """See `Trainer.take_over`: all memory is kept, and with it the optimizer's state in panels."""
-        if _all_but_rows(job) != _all_but_rows(self.job) or not _same_arrays(job, self.job):
+        if not job.goes_on_from(self.job):
             return False
         self.job = job
         return True
@@ -62,7 +66,7 @@ class StepTrainer(Trainer):
     ) -> float:
         """See `Trainer.run`."""
         starts = starts_of(order.size, self.job.batch_size)
-        made, totals = self._train(order, starts, learning_rates, alphas, first_step, after_step)
+        made, totals = self._train(order, starts, learning_rates, alphas, first_step, after_step, guarded=True)
         return float((made.sum(axis=1) * totals[: len(made)]).sum())
 
     def run_epochs(
@@ -77,7 +81,8 @@ class StepTrainer(Trainer):
         n_epochs, n_rows = orders.shape
         first_rows = n_rows * np.arange(n_epochs)[:, None] + starts_of(n_rows, self.job.batch_size)[:-1]
         starts = np.append(first_rows, orders.size)
-        made, _ = self._train(orders.ravel(), starts, learning_rates.ravel(), alphas.ravel(), first_step, after_step)
+        rates, penalties = learning_rates.ravel(), alphas.ravel()
+        made, _ = self._train(orders.ravel(), starts, rates, penalties, first_step, after_step, guarded=False)
         losses = np.full((*learning_rates.shape, 2), np.nan)
         losses.reshape(-1, 2)[: len(made)] = made
         return losses
@@ -90,12 +95,14 @@ class StepTrainer(Trainer):
         alphas: npt.NDArray[np.float64],
         first_step: int,
         after_step: AfterStep,
+        guarded: bool,
     ) -> tuple[Array, Array]:
-        """A step for each mini-batch order[starts[s] : starts[s + 1]].
+        """A step for each mini-batch order[starts[s] : starts[s + 1]]; guarded : as `Trainer.finite` promises of `run`.
 
         Returns (C without the penalty, the penalty) of each step made, and the total weight of every mini-batch.
         """
         self._prepare(threads.available())
+        self.norms[0, 1] = np.nan
         share, totals = shares(order, self.job.sample_weight, starts)
         vectors = self._vectors()
         n_loaded = 1 if 0 < first_step == self.next_step else len(vectors)
@@ -117,6 +124,7 @@ class StepTrainer(Trainer):
                     vectors,
                     n_loaded if done == 0 else 0,
                     len(vectors) if steps.stop == len(learning_rates) else 0,
+                    guarded,
                 )
             )
             self._note_speed((steps.stop - done) / (time.perf_counter() - start))
@@ -124,10 +132,22 @@ class StepTrainer(Trainer):
             if not (np.isfinite(losses[-1]).all() and after_step(int(rows.stop - rows.start))):
                 break
         if done < len(learning_rates):
-            self._store(vectors)
-        self._copy_back(vectors)
-        self.next_step = first_step + done
+            self._end_early(losses[-1], vectors, guarded)
+        if self.finite or not guarded:
+            self._copy_back(vectors)
+            self.next_step = first_step + done
         return np.concatenate(losses), totals
+
+    def _end_early(self, losses: Array, vectors: tuple[Array, ...], guarded: bool) -> None:
+        """What `step.part_of_train` does after the last step, of a run that was ended before it."""
+        memory = self.memory
+        total = operations.squares(memory.parameters) + losses.sum()
+        if guarded and not np.isfinite(total):
+            return
+        for flat, packed in zip(vectors, (memory.parameters, memory.slot_1, memory.slot_2), strict=True):
+            if flat.size:
+                step.store(0, 1, self.layers, packed, flat)
+        self.norms[0, 1] = total
 
     def _note_speed(self, steps_per_second: float) -> None:
         """By which the next call, of this run or the next, takes its time."""
@@ -153,7 +173,9 @@ class StepTrainer(Trainer):
             rows = slice(starts[steps.start], starts[steps.stop])
             batches, some = self._batches(order[rows], share[rows]), starts[steps.start : steps.stop + 1] - rows.start
             n_loaded = 1 if first == 0 else 0
-            losses = self._steps(batches, some, alphas[steps], alphas[steps], 0, record, layers, vectors, n_loaded, 0)
+            losses = self._steps(
+                batches, some, alphas[steps], alphas[steps], 0, record, layers, vectors, n_loaded, 0, False
+            )
             cost += float(losses[:, 0].sum())
         flat = plain(gradients)
         step.store(0, 1, self.layers, self.memory.slot_1, flat)
@@ -168,10 +190,11 @@ class StepTrainer(Trainer):
         job, self.n_threads = self.job, n_threads
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
-        self.layers = layout.layers
+        self.layers, self.groups = layout.layers, layout.groups()
         self.next_step = 0
         self.record = layout.record(job.architecture, job.optimizer, job.seed)
         self.memory = layout.memory(len(job.optimizer.slots), training=True)
+        self.norms = self.memory.norms
 
     def _most_steps_per_call(self) -> int:
         if self.job.rows.array is not None:
@@ -191,6 +214,7 @@ class StepTrainer(Trainer):
         vectors: tuple[Array, ...],
         n_loaded: int,
         n_stored: int,
+        guarded: bool,
     ) -> npt.NDArray[np.float64]:
         """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.part_of_train`."""
         job, plan = self.job, self.plan
@@ -199,6 +223,7 @@ class StepTrainer(Trainer):
         arguments = (
             record,
             layers,
+            self.groups,
             batches,
             starts,
             self.memory,
@@ -212,6 +237,7 @@ class StepTrainer(Trainer):
             vectors,
             n_loaded,
             n_stored,
+            guarded,
         )
         threads.require(step.train(plan.n_threads, barrier, arguments))
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
@@ -233,29 +259,12 @@ class StepTrainer(Trainer):
         none = np.empty(0, job.parameters.dtype)
         return (plain(job.parameters), *slots, none, none)[:3]
 
-    def _store(self, vectors: tuple[Array, ...]) -> None:
-        """What `step.train` has not stored, of a run that was ended early."""
-        memory = self.memory
-        for flat, packed in zip(vectors, (memory.parameters, memory.slot_1, memory.slot_2), strict=True):
-            if flat.size:
-                step.store(0, 1, self.layers, packed, flat)
-
     def _copy_back(self, vectors: tuple[Array, ...]) -> None:
         """To those of the job's arrays that compiled code does not take."""
         wanted = (self.job.parameters, *(self.job.state[slot] for slot in self.job.optimizer.slots))
         for flat, array in zip(vectors, wanted, strict=False):
             if not np.shares_memory(flat, array):
                 array[...] = flat
-
-
-def _all_but_rows(job: TrainingJob) -> tuple[Any, ...]:
-    return job.architecture, job.optimizer, job.dtype, job.batch_size, job.seed, job.steps_before
-
-
-def _same_arrays(one: TrainingJob, other: TrainingJob) -> bool:
-    """Whether both train the same network's parameters, with the same state."""
-    arrays = ((job.parameters, *job.state.values()) for job in (one, other))
-    return all(x is y for x, y in zip(*arrays, strict=True))
 
 
 def plain(x: Array) -> Array:

@@ -10,7 +10,10 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_tn_block, prefetch_panel_to_write, sum_rows
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 
-__all__ = ["bias_gradients", "weight_gradients"]
+__all__ = ["GROUP", "bias_gradients", "weight_gradients"]
+
+GROUP = 32
+"""Blocks of which the gradient is computed in one go: few enough to stay in a core's cache."""
 
 
 @compiled

@@ -78,7 +78,8 @@ class Memory(NamedTuple):
     zeros: Any
     """One panel's width of zeros: the bias of a product without one."""
     norms: Any
-    """(n_threads, 8) float64: each thread's part of the squared norm of the gradient, a cache line apart."""
+    """(n_threads, 8) float64: each thread's part of the squared norm of the gradient, a cache line apart; at the end of
+    a run that of the parameters', and beside it whether all is finite (see `step.all_finite`)."""
 
 
 class Batches(NamedTuple):

@@ -23,12 +23,13 @@ from numba.extending import intrinsic
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
+from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
-from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, GROUP, computed, rows_of
+from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, computed, rows_of
 from backprop_gpu.kernels.numba_cpu.team import run, run_by_team, wait
 from backprop_gpu.kernels.numba_cpu.update import add
 

@@ -34,9 +34,6 @@ __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
 Z, A, LABELS = range(3)
 """What `infer` may be asked for."""
 
-GROUP = 32
-"""Blocks of which the gradient is computed before they are updated: few enough to stay in a core's cache."""
-
 CHUNK_ROWS = 256
 """Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""
 
@@ -52,6 +49,7 @@ def part_of_train(
     thread,
     plan,
     layers,
+    groups,
     batches,
     starts,
     memory,
@@ -65,15 +63,17 @@ def part_of_train(
     vectors,
     n_loaded,
     n_stored,
+    guarded,
 ):
     """One thread's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
 
+    groups : (n_threads, n, 2), the first block and the last + 1 of what each thread updates in one go, in this order;
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
     its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
     step's C without the penalty, and of the penalty; vectors : flat, the parameters and the optimizer's slots, empty
     where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
-    after the last.
+    after the last; guarded : only where all is finite, see `all_finite`.
     """
     here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
     if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
@@ -84,11 +84,38 @@ def part_of_train(
         if not wait(barrier, here.n_threads):
             return
         losses[thread, s, 1] = learn(
-            thread, here, layers, memory, barrier, settings, n_rows, learning_rates[s], alphas[s], first_step + s
+            thread,
+            here,
+            layers,
+            groups[thread],
+            memory,
+            barrier,
+            settings,
+            n_rows,
+            learning_rates[s],
+            alphas[s],
+            first_step + s,
         )
         if not wait(barrier, here.n_threads):
             return
-    store_all(thread, here, layers, vectors, n_stored, memory)
+    if n_stored > 0 and (not guarded or all_finite(thread, here, memory, losses, barrier)):
+        store_all(thread, here, layers, vectors, n_stored, memory)
+
+
+@compiled
+def all_finite(thread, plan, memory, losses, barrier):
+    """Whether all losses and Σ parameters² are finite; their sum, which is then, stays in norms[0, 1]."""
+    low, high = thread * plan.n_parameters // plan.n_threads, (thread + 1) * plan.n_parameters // plan.n_threads
+    memory.norms[thread, 0] = sum_squares(memory.parameters, memory.parameters, 0.0, low, high)
+    if not wait(barrier, plan.n_threads):
+        return False
+    total = 0.0
+    for other in range(plan.n_threads):
+        total += memory.norms[other, 0]
+        for s in range(losses.shape[1]):
+            total += losses[other, s, 0] + losses[other, s, 1]
+    memory.norms[thread, 1] = total
+    return math.isfinite(total)
 
 
 @entry_point
@@ -236,13 +263,11 @@ def blocks_in(layer, memory):
 
 
 @compiled
-def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate, alpha, step):
-    """Gradients and update of the parameters that this thread owns: a range of blocks, and one of biases.
+def learn(thread, plan, layers, groups, memory, barrier, settings, n_rows, learning_rate, alpha, step):
+    """Gradients and update of the parameters that this thread owns: groups of blocks, and a range of biases.
 
     Returns their part of the penalty ½ alpha Σ W², from before the update.
     """
-    blocks = plan.n_weights // block_size(memory)
-    first, last = thread * blocks // plan.n_threads, (thread + 1) * blocks // plan.n_threads
     biases = plan.n_parameters - plan.n_weights
     first_bias = plan.n_weights + thread * biases // plan.n_threads
     last_bias = plan.n_weights + (thread + 1) * biases // plan.n_threads
@@ -252,14 +277,16 @@ def learn(thread, plan, layers, memory, barrier, settings, n_rows, learning_rate
     sum_over_threads(plan, memory, first_bias, last_bias)
     clips = plan.clip_norm < math.inf
     if clips:
-        own_gradients(plan, layers, memory, 0, first, last, 0, n_rows)
-        memory.norms[thread, 0] = sum_squares(
-            memory.gradients[0], memory.parameters, alpha, first * size, last * size
-        ) + sum_squares(memory.gradients[0], memory.parameters, 0.0, first_bias, last_bias)
+        norm = sum_squares(memory.gradients[0], memory.parameters, 0.0, first_bias, last_bias)
+        for g in range(groups.shape[0]):
+            group, end = groups[g, 0], groups[g, 1]
+            own_gradients(plan, layers, memory, 0, group, end, 0, n_rows)
+            norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
+        memory.norms[thread, 0] = norm
         wait(barrier, plan.n_threads)
         scale = clip_scale(plan, memory)
-    for group in range(first, last, GROUP):
-        end = min(group + GROUP, last)
+    for g in range(groups.shape[0]):
+        group, end = groups[g, 0], groups[g, 1]
         # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
         at_once = not (clips or plan.split_rows)
         row, shift = (thread, group * size) if at_once else (0, 0)
@@ -397,8 +424,7 @@ def load_all(thread, plan, layers, vectors, n_loaded, memory, barrier):
 @compiled
 def store_all(thread, plan, layers, vectors, n_stored, memory):
     """The inverse of `load_all`."""
-    if n_stored > 0:
-        store_vector(thread, plan.n_threads, layers, memory.parameters, vectors[0])
+    store_vector(thread, plan.n_threads, layers, memory.parameters, vectors[0])
     if n_stored > 1 and vectors[1].size > 0:
         store_vector(thread, plan.n_threads, layers, memory.slot_1, vectors[1])
     if n_stored > 2 and vectors[2].size > 0:
