@@ -464,6 +464,43 @@ def test_an_epoch_stays_on_the_device(emulated, on, dtype, optimizer):
     assert counters.captures == 0
 
 
+def test_a_stream_keeps_its_graph_and_its_memory(emulated, on):
+    """Only the first call captures, wherever the rows of the others come from; the bits are those of a new trainer."""
+    cp = emulated()
+    on(cp)
+    X, y = data(n=96)
+    net, expected = (bp.MLP(SIZES, backend="cuda", dropout=0.5, seed=1) for _ in range(2))
+    kinds = [lambda x: x, cp.asarray, sparse.csr_matrix]
+    launches, captures = [], []
+    for i, kind in enumerate([*kinds, *kinds]):
+        rows = slice(16 * i, 16 * i + 16)
+        cp.emulator.reset()
+        loss = net.partial_fit(kind(X[rows]), y[rows])
+        launches.append(cp.emulator.counters.launches.total())
+        captures.append(cp.emulator.counters.captures)
+        assert loss == expected.partial_fit(X[rows], y[rows])
+        expected.stream.trainer = None
+        assert np.array_equal(net.ops.to_numpy(net.parameters), expected.ops.to_numpy(expected.parameters))
+    assert captures == [1, 0, 1, 0, 0, 0]  # sparse rows come by another way, by which dense ones can come too
+
+
+def test_a_stream_of_float16_keeps_its_loss_scale(emulated, on):
+    """Found once, and not anew in each call, which would leave out the first step of each."""
+    cp = emulated()
+    on(cp)
+    X, y = data(n=64)
+    net = bp.MLP(SIZES, backend="cuda", dtype="float16", seed=1)
+    net.parameters[...] = cp.asarray(20 * net.ops.to_numpy(net.parameters))
+    before, changed = net.ops.to_numpy(net.parameters), []
+    for _ in range(30):
+        net.partial_fit(X, y)
+        after = net.ops.to_numpy(net.parameters)
+        changed.append(not np.array_equal(before, after))
+        before = after
+    assert changed.index(True) > 0
+    assert all(changed[changed.index(True) :])
+
+
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", cuda_plan.TILES)
 def test_every_step_is_three_launches_a_layer_and_two(emulated, on, monkeypatch, dtype, n_layers):

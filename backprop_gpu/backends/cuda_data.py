@@ -31,6 +31,9 @@ class Data(Protocol):
     steps: int
     """Steps of a window."""
 
+    def take_over(self, job: TrainingJob) -> bool:
+        """Go on with the rows of `job`, where `rows` stays for them; False, and nothing done, where it cannot."""
+
     def begin(self, order: npt.NDArray[np.int64], row_order: Array) -> None:
         """A run over rows `order` begins; writes into `row_order` where in `rows` each of them will be."""
 
@@ -48,12 +51,21 @@ def data_of(job: TrainingJob, cp: Any) -> Data:
 
 
 class ResidentData:
-    """All rows, uploaded once."""
+    """All rows, uploaded once; those of the device where they lie, unless others are to take their place."""
 
     steps = STEPS_PER_WINDOW
 
     def __init__(self, job: TrainingJob, cp: Any) -> None:
-        self.rows = cp.asarray(job.rows.array)
+        self.cp, self.rows = cp, cp.asarray(job.rows.array)
+        if job.in_stream and not isinstance(job.rows.array, np.ndarray):
+            self.rows = self.rows.copy()
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """See `Data.take_over`."""
+        if job.rows.array is None or len(job.rows) > len(self.rows):
+            return False
+        self.rows[: len(job.rows)] = self.cp.asarray(job.rows.array)
+        return True
 
     def begin(self, order: npt.NDArray[np.int64], row_order: Array) -> None:
         """See `Data.begin`."""
@@ -82,6 +94,11 @@ class StreamedData:
         self.stream = cp.cuda.Stream(non_blocking=True)
         self.uploaded: list[Any] = [None, None]
         self.used: list[Any] = [None, None]
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """See `Data.take_over`."""
+        self.job = job
+        return True
 
     def begin(self, order: npt.NDArray[np.int64], row_order: Array) -> None:
         """See `Data.begin`."""

@@ -49,6 +49,28 @@ class StepTrainer(Trainer):
             self.buffers = Buffers(job, kernels, products)
             self.data = data_of(job, self.cp)
 
+    def rest(self) -> bool:
+        """See `Trainer.rest`."""
+        self.job = self.buffers.job = self.job.without_rows()
+        return self.data.take_over(self.job) and self.job.in_stream
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """See `Trainer.take_over`: graphs stay, as the rows are copied to where the last ones were."""
+        target = self.buffers.target
+        fits = len(job.target) <= len(target) and job.target.shape[1:] == target.shape[1:]
+        if not (fits and job.goes_on_from(self.job) and self._as_weighted(job)):
+            return False
+        with self._memory_told(), self._ordered():
+            if not self.data.take_over(job):
+                return False
+            target[: len(job.target)].set(job.target)
+        self.job = job
+        return True
+
+    def _as_weighted(self, job: TrainingJob) -> bool:
+        """Whether the steps read weights where this job has some."""
+        return (job.sample_weight is None) == (self.tables.share is None)
+
     def run(
         self,
         order: npt.NDArray[np.int64],
