@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 from bench.cases import NETWORKS, Case
 from bench.comparison import quartiles
@@ -26,12 +27,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def short(results: Sequence[Result]) -> str:
-    """The machines; the steps of S, M, N and L, and most other suites, in a line, with a column for each machine."""
-    makers = (_steps, _activations, _shapes, _predictions, _fits, _estimators, _modules)
-    columns = [{title: text for make in makers for title, text in make(each)} for each in results]
-    titles = dict.fromkeys(title for column in columns for title in column)
-    rows = [[title, *(column.get(title, "–") for column in columns)] for title in titles]
-    return "\n\n".join([*map(heading, results), table(["", *map(_device, results)], rows)])
+    """The steps of S, M, N and L, and most other suites in a line, over all CPUs, and of each GPU."""
+    on_gpu = [[result] for result in results if result.machine["gpu"]]
+    on_cpu = [result for result in results if not result.machine["gpu"]]
+    return "\n\n".join(part for group in (on_cpu, *on_gpu) if group for part in _short(group))
+
+
+def _short(results: Sequence[Result]) -> Iterator[str]:
+    yield "\n".join(map(heading, results)) if len(results) == 1 else _machines(results)
+    peers = [who for who in COLUMNS if who in (*GPU_PEERS, *PEERS) and any(_under(results, "training step, ", who))]
+    if steps := list(_steps(results, peers)):
+        yield table(["a training step of", "ours", *(contender(who).label for who in peers)], steps)
+    makers = (_activations, _shapes, _predictions, _fits, _estimators, _modules)
+    if lines := [line for make in makers for line in make(results)]:
+        yield table(["", "times as fast as", ""], lines)
+
+
+def _machines(results: Sequence[Result]) -> str:
+    """The machines, and what was the same on all of them."""
+    names = [f"{each.machine['cpu']}, {each.machine['threads']} threads, {each.machine['simd']}" for each in results]
+    versions = [set(each.machine["versions"].items()) for each in results]
+    same = [" ".join(pair) for pair in results[0].machine["versions"].items() if pair in set.intersection(*versions)]
+    dates = span([each.date for each in results], str)
+    return f"**{len(results)} machines**: {'; '.join(names)} ({dates}; {', '.join(same)}). From the least to the most:"
 
 
 def heading(result: Result) -> str:
@@ -40,10 +58,6 @@ def heading(result: Result) -> str:
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return f"**{device}** ({result.date}; Python {machine['python']}, {versions})"
-
-
-def _device(result: Result) -> str:
-    return str(result.machine["gpu"] or result.machine["cpu"])
 
 
 def _network(name: str) -> str:
@@ -65,8 +79,8 @@ def _cells(row: Mapping[str, Bench], ours: str, names: Sequence[str]) -> Iterato
         if name not in row:
             yield "–"
         else:
-            ratio = f" ({row[ours].times_as_fast(row[name]):.2f} ×)" if ours in row else ""
-            yield f"{time_of(row[name].median)}{ratio}"
+            beside = f" ({ratio(row[ours].times_as_fast(row[name]))} ×)" if ours in row else ""
+            yield f"{time_of(row[name].median)}{beside}"
 
 
 def time_of(seconds: float) -> str:
@@ -76,20 +90,46 @@ def time_of(seconds: float) -> str:
     return f"{value:.{max(0, 3 - len(f'{value:.0f}'))}f} {unit}"
 
 
-# A line each
+def span(values: Iterable[Any], form: Callable[[Any], str]) -> str:
+    """The least and the most of what several machines gave."""
+    ordered = sorted(values)
+    least, most = form(ordered[0]), form(ordered[-1])
+    return least if least == most else f"{least} – {most}"
 
 
-def _steps(result: Result) -> Iterator[list[str]]:
+def ratio(value: float) -> str:
+    """Of two times."""
+    return f"{value:.2f}"
+
+
+# A line each, over the machines of a kind
+
+
+def _under(results: Sequence[Result], prefix: str, who: str) -> Iterator[tuple[str, Bench, Bench]]:
+    """Each piece of work whose name begins so, on each machine where ours and that contender were measured at it."""
+    for result in results:
+        for title, row in result.under(prefix):
+            if {result.ours_in(row), who} <= row.keys():
+                yield title, row[result.ours_in(row)], row[who]
+
+
+def _ratios(results: Sequence[Result], prefix: str, who: str) -> dict[str, list[float]]:
+    """How many times as fast as that contender, on each machine, by the piece of work."""
+    found: dict[str, list[float]] = {}
+    for title, ours, other in _under(results, prefix, who):
+        found.setdefault(title, []).append(ours.times_as_fast(other))
+    return found
+
+
+def _steps(results: Sequence[Result], peers: Sequence[str]) -> Iterator[list[str]]:
     """Time of a step, and how many times as long each peer takes."""
-    for name, row in result.under("training step, "):
-        if result.ours in row:
-            ours = row[result.ours]
-            peers = [
-                f"{contender(who).label} {ours.times_as_fast(row[who]):.2f} ×"
-                for who in COLUMNS
-                if who in row and who in (*GPU_PEERS, *PEERS)
-            ]
-            yield [f"a training step of {_network(name)}", f"{time_of(ours.median)}; {', '.join(peers)}"]
+    against = {who: _ratios(results, "training step, ", who) for who in peers}
+    for name in NETWORKS:
+        rows = [(each, row) for each in results for title, row in each.under("training step, ") if title == name]
+        times = [row[each.ours].median for each, row in rows if each.ours in row]
+        if times:
+            ratios = [against[who].get(name) for who in peers]
+            yield [_network(name), span(times, time_of), *(f"{span(r, ratio)} ×" if r else "–" for r in ratios)]
 
 
 def _against_peers(result: Result, prefix: str) -> list[tuple[float, str]]:
@@ -98,63 +138,54 @@ def _against_peers(result: Result, prefix: str) -> list[tuple[float, str]]:
     for title, row in result.under(prefix):
         peer = fastest_peer(row)
         if peer is not None and result.ours in row:
-            ratio = row[result.ours].times_as_fast(peer)
-            found.append((ratio, f"{title}, against {contender(peer.contender).label}"))
+            found.append((row[result.ours].times_as_fast(peer), f"{title}, against {contender(peer.contender).label}"))
     return sorted(found)
 
 
-def _activations(result: Result) -> Iterator[list[str]]:
-    if found := _against_peers(result, "activation, "):
-        worst, where = found[0]
-        yield [
-            "steps with tanh, gelu and silu on S, M and N: times as fast as the fastest peer",
-            f"{worst:.2f} ({where}) to {found[-1][0]:.2f}",
-        ]
+def _activations(results: Sequence[Result]) -> Iterator[list[str]]:
+    found = [pair for result in results for pair in _against_peers(result, "activation, ")]
+    if found:
+        worst, where = min(found)
+        what = "steps with tanh, gelu and silu on S, M and N"
+        yield [what, "the fastest peer", f"{ratio(worst)} ({where}) – {ratio(max(found)[0])}"]
 
 
-def _shapes(result: Result) -> Iterator[list[str]]:
-    if found := _against_peers(result, "random shape, "):
-        worst, where = found[0]
-        mean = prod(ratio for ratio, _ in found) ** (1 / len(found))
-        yield [
-            f"steps of {len(found)} random networks: times as fast as the fastest peer",
-            f"{mean:.2f} in the geometric mean; {worst:.2f} at the least ({where})",
-        ]
+def _shapes(results: Sequence[Result]) -> Iterator[list[str]]:
+    found = [pairs for result in results if (pairs := _against_peers(result, "random shape, "))]
+    if found:
+        worst, where = min(pair for pairs in found for pair in pairs)
+        means = span([prod(r for r, _ in pairs) ** (1 / len(pairs)) for pairs in found], ratio)
+        text = f"{means} in the geometric mean; {ratio(worst)} at the least ({where})"
+        yield [f"steps of {len(found[0])} random networks", "the fastest peer", text]
 
 
-def _predictions(result: Result) -> Iterator[list[str]]:
-    rows = {name: row for name, row in result.under("predict, ") if {result.ours, "torch"} <= row.keys()}
-    if rows:
-        ratios = (f"{name} {row[result.ours].times_as_fast(row['torch']):.2f}" for name, row in rows.items())
-        yield ["`predict` on 100,000 rows: times as fast as PyTorch eager", ", ".join(ratios)]
+def _predictions(results: Sequence[Result]) -> Iterator[list[str]]:
+    yield from _in_place(results, "predict, ", "`predict` on 100,000 rows", "torch")
 
 
-def _fits(result: Result) -> Iterator[list[str]]:
-    for data, row in result.under("fit, "):
-        if result.ours not in row:
-            continue
-        ours, peer = row[result.ours], row.get("sklearn")
-        text = f"{time_of(ours.median)}, accuracy {final_accuracy(ours):.2%}"
-        if peer:
-            ratio = ours.times_as_fast(peer)
-            text += f"; scikit-learn {time_of(peer.median)} ({ratio:.2f} ×), accuracy {final_accuracy(peer):.2%}"
-        yield [f"`fit` on {data}, {len(ours.notes['curves'][0])} epochs", text]
+def _fits(results: Sequence[Result]) -> Iterator[list[str]]:
+    for data, ratios in _ratios(results, "fit, ", "sklearn").items():
+        both = [(ours, peer) for title, ours, peer in _under(results, "fit, ", "sklearn") if title == data]
+        ours, theirs = (span(map(final_accuracy, benches), "{:.2%}".format) for benches in zip(*both, strict=True))
+        epochs = len(both[0][0].notes["curves"][0])
+        text = f"{span(ratios, ratio)}; accuracy {ours}, and {theirs}"
+        yield [f"`fit` on {data}, {epochs} epochs", contender("sklearn").label, text]
 
 
-def _estimators(result: Result) -> Iterator[list[str]]:
-    if ratios := _in_place(result, "estimator, ", "sklearn"):
-        yield ["`backprop_gpu.sklearn.MLPClassifier`: times as fast as scikit-learn's", ratios]
+def _estimators(results: Sequence[Result]) -> Iterator[list[str]]:
+    yield from _in_place(results, "estimator, ", "`backprop_gpu.sklearn.MLPClassifier`", "sklearn")
 
 
-def _modules(result: Result) -> Iterator[list[str]]:
-    if ratios := _in_place(result, "autograd, ", "torch"):
-        yield ["`backprop_gpu.torch.FusedMLP`, forward and backward pass: times as fast as `nn.Sequential`", ratios]
+def _modules(results: Sequence[Result]) -> Iterator[list[str]]:
+    what = "`backprop_gpu.torch.FusedMLP`, forward and backward pass"
+    yield from _in_place(results, "autograd, ", what, "torch")
 
 
-def _in_place(result: Result, prefix: str, peer: str) -> str:
-    """How many times as fast as the peer in whose place ours is put, for each piece of work."""
-    rows = {name: row for name, row in result.under(prefix) if {result.ours_in(row), peer} <= row.keys()}
-    return "; ".join(f"{name} {row[result.ours_in(row)].times_as_fast(row[peer]):.2f}" for name, row in rows.items())
+def _in_place(results: Sequence[Result], prefix: str, what: str, peer: str) -> Iterator[list[str]]:
+    """A line of how many times as fast as the peer, for each piece of work."""
+    if ratios := _ratios(results, prefix, peer):
+        text = "; ".join(f"{title} {span(values, ratio)}" for title, values in ratios.items())
+        yield [what, contender(peer).label, text]
 
 
 # Accuracy

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -517,15 +518,36 @@ def result(tmp_path):
 def test_tables_hold_times_and_ratios(result):
     text = tables.short([result])
     assert "**A Processor, 2 threads, avx2** (2030-01-02; Python 3.12.0, numpy 2.0.0)" in text
-    assert (
-        "| a training step of S: 30-64-64-2, 200 | 1.00 ms; PyTorch eager 2.00 ×, JAX jit 3.00 ×, scikit-learn 4.00 × |"
-        in text
-    )
+    assert "| a training step of | ours | PyTorch eager | JAX jit | scikit-learn |" in text
+    assert "| S: 30-64-64-2, 200 | 1.00 ms | 2.00 × | 3.00 × | 4.00 × |" in text
     assert "2.00 in the geometric mean; 2.00 at the least (3-4-5, 6, against PyTorch eager)" in text
-    assert "| `predict` on 100,000 rows: times as fast as PyTorch eager | S 2.00 |" in text
-    assert "1.00 s, accuracy 98.00%; scikit-learn 4.00 s (4.00 ×), accuracy 98.00%" in text
-    assert "| `backprop_gpu.sklearn.MLPClassifier`: times as fast as scikit-learn's | fit, digits 2.00 |" in text
-    assert "times as fast as `nn.Sequential` | S 2.00 |" in text
+    assert "| `predict` on 100,000 rows | PyTorch eager | S 2.00 |" in text
+    assert "| scikit-learn | 4.00; accuracy 98.00%, and 98.00% |" in text
+    assert "| `backprop_gpu.sklearn.MLPClassifier` | scikit-learn | fit, digits 2.00 |" in text
+    assert "| `backprop_gpu.torch.FusedMLP`, forward and backward pass | PyTorch eager | S 2.00 |" in text
+
+
+def test_the_short_tables_go_from_the_least_to_the_most_over_the_processors(result):
+    def changed(row, factor, leave_out=()):
+        return {
+            name: replace(bench, seconds=tuple(factor[name == "cpu"] * s for s in bench.seconds))
+            for name, bench in row.items()
+            if name not in leave_out
+        }
+
+    slower = {name: changed(row, (2, 3)) for name, row in result.groups.items() if name != "training step, M"}
+    slower["training step, S"] = changed(result.groups["training step, S"], (2, 3), ["jax"])
+    machine = {**result.machine, "cpu": "B Processor", "versions": {"numpy": "2.0.0", "torch": "3"}}
+    other = replace(result, machine=machine, date="2030-02-03", groups=slower)
+    text = tables.short([result, other])
+    assert (
+        "**2 machines**: A Processor, 2 threads, avx2; B Processor, 2 threads, avx2 (2030-01-02 – 2030-02-03; " in text
+    )
+    assert "| S: 30-64-64-2, 200 | 1.00 ms – 3.00 ms | 1.33 – 2.00 × | 3.00 × | 2.67 – 4.00 × |" in text
+    assert "| M: 784-256-128-10, 128 | 1.00 ms | 2.00 × | 3.00 × | 4.00 × |" in text
+    assert "1.33 – 2.00 in the geometric mean; 1.33 at the least (3-4-5, 6, against PyTorch eager)" in text
+    on_gpu = replace(result, machine={**result.machine, "gpu": "A GPU"})
+    assert tables.short([result, on_gpu]) == f"{tables.short([result])}\n\n{tables.short([on_gpu])}"
 
 
 def test_everything_is_in_the_long_tables(result):

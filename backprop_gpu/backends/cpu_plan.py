@@ -127,7 +127,7 @@ def rows_in_cache(layer_sizes: Sequence[int], dtype: Any) -> int:
     """The most rows of a tile: whole blocks."""
     columns = max(round_up(n_in, width(dtype)) + round_up(n_out, width(dtype)) for n_in, n_out in pairwise(layer_sizes))
     rows = min(TILE_ROWS, TILE_BYTES // (np.dtype(dtype).itemsize * columns))
-    return max(BLOCK_ROWS, rows // BLOCK_ROWS * BLOCK_ROWS)
+    return int(max(BLOCK_ROWS, rows // BLOCK_ROWS * BLOCK_ROWS))
 
 
 def rows_of_panel(n_rows: int, dtype: Any) -> int:
