@@ -519,9 +519,9 @@ def partial_fit(
     stream.trainer = None  # a failure may leave NaN in its memory
 
     def keep() -> None:
-        taken = replace(stream, optimizer=optimizer, steps=stream.steps + len(steps))
-        net.stream, net.steps_taken = taken, net.steps_taken + len(steps)
-        taken.trainer = trainer if trainer.rest() else None
+        stream.optimizer, stream.steps = optimizer, stream.steps + len(steps)
+        net.stream, net.steps_taken = stream, net.steps_taken + len(steps)
+        stream.trainer = trainer if trainer.rest() else None
 
     try:
         total = _all_or_nothing(net, trainer, stream, rates, len(rows))

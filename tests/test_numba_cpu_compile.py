@@ -102,7 +102,7 @@ def test_arguments_choose_their_code_by_their_types():
     assert entry.specialised(X) is entry.specialised(X[:2].copy())
     assert entry.specialised(X) is not entry.specialised(X.astype(np.float32))
     outlines = [1, 2**63, 1.0, None, (X,), (X, X), X, X[:, None], X.astype(">f8"), np.float32(1)]
-    assert len({compiling._outline(x) for x in outlines}) == len(outlines)
+    assert len({compiling.outline(x) for x in outlines}) == len(outlines)
     assert entry.__name__ == "sum_of_cubes"
 
 

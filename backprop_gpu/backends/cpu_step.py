@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob, shares, starts_of
 from backprop_gpu.kernels.numba_cpu import operations, step, update
+from backprop_gpu.kernels.numba_cpu.compile import outline
 from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
@@ -34,6 +36,7 @@ class StepTrainer(Trainer):
         self.job = job
         self.n_threads = 0
         self.norms = np.full((1, 2), np.nan)
+        self.codes: dict[Any, Callable[..., bool]] = {}
         self.next_step = 0
         """After so many updates, the optimizer's state is in panels still; 0 where it has to be packed."""
         self.steps_per_call = 4
@@ -239,7 +242,11 @@ class StepTrainer(Trainer):
             n_stored,
             guarded,
         )
-        threads.require(step.train(plan.n_threads, barrier, arguments))
+        # Of all these, the types of some alone can change from call to call; to look at all would take 25 µs.
+        kind = outline((batches, starts, learning_rates, alphas))
+        code = self.codes.get(kind) or step.train.specialised(plan.n_threads, barrier, arguments)
+        self.codes[kind] = code
+        threads.require(code(plan.n_threads, barrier, arguments))
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 
@@ -263,7 +270,7 @@ class StepTrainer(Trainer):
         """To those of the job's arrays that compiled code does not take."""
         wanted = (self.job.parameters, *(self.job.state[slot] for slot in self.job.optimizer.slots))
         for flat, array in zip(vectors, wanted, strict=False):
-            if not np.shares_memory(flat, array):
+            if flat is not array and not np.shares_memory(flat, array):
                 array[...] = flat
 
 
