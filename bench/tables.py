@@ -38,7 +38,7 @@ def _short(results: Sequence[Result]) -> Iterator[str]:
     peers = [who for who in COLUMNS if who in (*GPU_PEERS, *PEERS) and any(_under(results, "training step, ", who))]
     if steps := list(_steps(results, peers)):
         yield table(["a training step of", "ours", *(contender(who).label for who in peers)], steps)
-    makers = (_activations, _shapes, _predictions, _fits, _estimators, _modules)
+    makers = (_activations, _shapes, _predictions, _fits, _own_loops, _estimators, _modules)
     if lines := [line for make in makers for line in make(results)]:
         yield table(["", "times as fast as", ""], lines)
 
@@ -172,6 +172,10 @@ def _fits(results: Sequence[Result]) -> Iterator[list[str]]:
         yield [f"`fit` on {data}, {epochs} epochs", contender("sklearn").label, text]
 
 
+def _own_loops(results: Sequence[Result]) -> Iterator[list[str]]:
+    yield from _in_place(results, "own loop, ", "a loop of one's own: a call of `net.partial_fit` a step", "torch")
+
+
 def _estimators(results: Sequence[Result]) -> Iterator[list[str]]:
     yield from _in_place(results, "estimator, ", "`backprop_gpu.sklearn.MLPClassifier`", "sklearn")
 
@@ -215,6 +219,7 @@ SECTIONS = (
     ("`predict`, 100,000 rows", "predict, "),
     *((f"Operation `{name}`, on the largest layer of each network", f"{name}, ") for name in OPERATIONS),
     ("`fit`, end to end", "fit, "),
+    ("A loop of one's own: a call of `net.partial_fit` a step", "own loop, "),
     ("`backprop_gpu.sklearn` in scikit-learn's place, with the same settings", "estimator, "),
     ("`backprop_gpu.torch` in PyTorch's place: forward and backward pass under autograd", "autograd, "),
     ("A new process: import", "import"),

@@ -166,6 +166,13 @@ TASKS = {
             multiple=lambda case: case.n_batches,
         ),
         Task(
+            "own loop",
+            variants=lambda contender, case: contender.own_loop(case),
+            number=lambda case, parameters: case.loss(*parameters),
+            expected=_training_loss,
+            multiple=lambda case: case.n_batches,
+        ),
+        Task(
             "autograd",
             variants=lambda contender, case: contender.autograd(case),
             number=_gradient_error,

@@ -118,6 +118,17 @@ def test_every_variant_trains_to_the_loss_of_the_reference(activation, worker):
                 assert abs(TASKS["training"].number(case, result) - expected) <= tolerance
 
 
+def test_a_loop_of_ones_own_trains_to_the_loss_of_the_reference():
+    case = Case((7, 11, 5, 3), 13)
+    expected, tolerance = TASKS["own loop"].expected(case)
+    (build,) = TASKS["own loop"].variants(contender("partial-fit"), case).values()
+    work = build()
+    for _ in range(2):  # from the beginning each time
+        work.reset()
+        work.run(case.n_batches)
+        assert abs(TASKS["own loop"].number(case, work.result()) - expected) <= tolerance
+
+
 def test_two_classes_are_two_outputs_for_everyone(worker):
     case = Case((5, 4, 2), 9)
     expected, tolerance = TASKS["training"].expected(case)
@@ -504,6 +515,7 @@ def result(tmp_path):
         *group("ceiling, product", names[:3], **noted(Case((2048, 2048), 2048), "dense_forward")),
         *group("fit, digits", names[:4], 1.0, target=0.97, curves=curves),
         *group("estimator, fit, digits", ("estimator", "sklearn"), 1.0, scores=[0.98] * 3),
+        *group("own loop, S", ("partial-fit", "torch"), **noted(NETWORKS["S"], "own loop")),
         *group("autograd, S", ("fused-module", "torch"), **noted(NETWORKS["S"], "autograd")),
         *group("import", ("cpu", "torch"), 1.0),
         *group("first step, cold", ("cpu", "torch"), 1.0, peak_mb=[200.0]),

@@ -11,8 +11,8 @@ __all__ = ["BACKENDS", "CPU_BACKENDS", "FLOOR", "GPU_BACKENDS", "GPU_PEERS", "IN
 CPU_BACKENDS, GPU_BACKENDS = ("cpu", "numpy"), ("cuda", "numba-cuda")
 BACKENDS = (*GPU_BACKENDS, *CPU_BACKENDS)
 FLOOR = "floor"
-IN_PLACE = ("fused-module", "estimator")
-"""Ours in the place of a module of PyTorch's or an estimator of scikit-learn's."""
+IN_PLACE = ("partial-fit", "fused-module", "estimator")
+"""Ours in a loop of one's own, and in the place of a module of PyTorch's or an estimator of scikit-learn's."""
 PEERS = ("torch", "torch-compile", "jax", "sklearn")
 GPU_PEERS = ("torch@cuda", "torch-compile@cuda", "torch-graph@cuda", "jax@cuda", "cupy@cuda")
 
@@ -20,6 +20,7 @@ CLASSES = {
     FLOOR: ("floor", "Products"),
     "torch": ("torch_peers", "TorchEager"),
     "fused-module": ("torch_peers", "FusedModule"),
+    "partial-fit": ("ours", "PartialFit"),
     "estimator": ("ours", "Estimator"),
     "torch-compile": ("torch_peers", "TorchCompile"),
     "torch-graph": ("torch_peers", "TorchGraph"),

@@ -64,6 +64,10 @@ class Contender(ABC):
         """Training steps: forward, softmax cross-entropy, backward, Adam, one mini-batch after the other."""
         raise Unsupported("trains nothing")
 
+    def own_loop(self, case: Case) -> Variants:
+        """Training steps, each a call from a loop of one's own, with a mini-batch that is an array beforehand."""
+        return self.training(case)
+
     def autograd(self, case: Case) -> Variants:
         """Forward and backward pass under PyTorch's autograd, from ∂C/∂out = `Case.d_out`."""
         raise Unsupported("is no PyTorch module")

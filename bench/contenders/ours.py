@@ -18,7 +18,7 @@ from bench.contenders.contract import Contender, Parameters, Variants, Work
 from bench.datasets import Fit
 from bench.tasks import layer, operate, outputs
 
-__all__ = ["Estimator", "Ours"]
+__all__ = ["Estimator", "Ours", "PartialFit"]
 
 
 class Ours(Contender):
@@ -60,6 +60,16 @@ class Ours(Contender):
         optimizer = bp.Adam(LEARNING_RATE)
         net.fit(X, y, epochs=epochs, batch_size=fit.case.batch_size, optimizer=optimizer, callbacks=[note])
         yield from curve
+
+
+class PartialFit(Contender):
+    """`MLP.partial_fit`, on the backend that it takes by itself."""
+
+    label = "net.partial_fit"
+
+    def own_loop(self, case: Case) -> Variants:
+        """A call a step."""
+        return {"": partial(_Calls, case)}
 
 
 class Estimator(Contender):
@@ -113,6 +123,31 @@ class _Steps(Work):
         """n steps, round and round the mini-batches."""
         order = np.resize(self.order, n * self.job.batch_size)
         self.trainer.run(order, np.full(n, LEARNING_RATE), np.zeros(n), 0, lambda _: True)
+
+    def result(self) -> Parameters:
+        """W and b."""
+        return _parameters(self.net)
+
+
+class _Calls(Work):
+    def __init__(self, case: Case) -> None:
+        self.net, self.batches = case.network("auto"), list(zip(*case.batches(), strict=True))
+        self.start = np.array(self.net.ops.to_numpy(self.net.parameters))
+        self.optimizer = bp.Adam(LEARNING_RATE)
+
+    def reset(self) -> None:
+        """The initial weights, and a call behind, which makes what the others work in: its step is taken back."""
+        self.run(1)
+        self.net.parameters[...] = self.net.ops.asarray(self.start)
+        self.net.stream.steps = 0
+        for moment in self.net.stream.state.values():
+            moment[...] = 0
+
+    def run(self, n: int) -> None:
+        """n calls, round and round the mini-batches."""
+        for i in range(n):
+            X, y = self.batches[i % len(self.batches)]
+            self.net.partial_fit(X, y, batch_size=len(X), optimizer=self.optimizer)
 
     def result(self) -> Parameters:
         """W and b."""
