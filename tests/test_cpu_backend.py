@@ -30,6 +30,7 @@ SIZES = [37, 41, 3, 67, 5]
 def teams(monkeypatch):
     """The networks here are so small that one thread would do every step."""
     monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_STEP", 1)
+    monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_CALL", 1)
 
 
 def draw(n, sizes=SIZES, dtype="float64", seed=0):
@@ -78,6 +79,23 @@ def test_every_plan_gives_the_references_numbers(dtype, split_rows, n_threads, t
         nets[backend] = net.parameters
     assert totals["cpu"] == pytest.approx(totals["numpy"], rel=RTOL[dtype])
     assert_same(nets["cpu"], nets["numpy"], dtype)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("split_rows", [True, False])
+def test_one_member_makes_the_bits_of_as_many_as_there_are_threads(split_rows, clip_norm, monkeypatch):
+    plan = cpu_plan.Plan(3, 2 * panels.BLOCK_ROWS, split_rows)
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
+    X, y = draw(331)
+    found, members, train = [], [], step.train.specialised
+    monkeypatch.setattr(step.train, "specialised", lambda n, *rest: members.append(n) or train(n, *rest))
+    for least in (1, 1 << 60):
+        monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_CALL", least)
+        net = network("cpu", dropout=0.2)
+        trainer, job = trainer_of(net, X, y, 83, bp.Adam(clip_norm=clip_norm))
+        found.append((run(trainer, 331, 83, alpha=1e-2), net.parameters, *job.state.values()))
+    assert members == [3, 1]
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 9, 31])
@@ -352,7 +370,7 @@ def test_several_python_threads_may_train_at_once():
 FORKED = """
 import multiprocessing, numpy as np, backprop_gpu as bp
 from backprop_gpu.backends import cpu_plan
-cpu_plan.PRODUCTS_PER_STEP = 1  # so that there are teams
+cpu_plan.PRODUCTS_PER_STEP = cpu_plan.PRODUCTS_PER_CALL = 1  # so that there are teams
 def train(seed):
     rng = np.random.default_rng(0)
     net = bp.MLP([7, 40, 3], backend="cpu", seed=1)

@@ -63,10 +63,14 @@ PRODUCTS_TO_START = 1 << 21
 """Multiply-adds that take twice as long as a thread takes to start and to end: 70 µs on a Zen 3."""
 
 PRODUCTS_PER_STEP = 1 << 20
-"""Multiply-adds in float32 of a training step for which a thread takes part in it; one in float64 counts as two.
+"""Multiply-adds in float32 of a training step for which a thread takes part in it.
 
 One thread of a Zen 4 beside two, in µs a step: 64-64-64-10 with a batch of 32, 0.7 million multiply-adds, 22 and 33;
 network S, 3.3 million, 84 and 60; 30-100-2 in float64 with a batch of 200, 1.7 million, 97 and 68.
+"""
+
+PRODUCTS_PER_CALL = 1 << 22
+"""Multiply-adds of all steps of a call below which one member does them: XXX
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
@@ -101,19 +105,21 @@ def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: 
 
 def for_training(architecture: Architecture, batch_size: int, dtype: str, threads: int) -> Plan:
     """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes alone."""
-    singles = np.dtype(dtype).itemsize // 4
-    worth = batch_size * _products_of_a_row(architecture, dtype) * singles // PRODUCTS_PER_STEP
+    worth = batch_size * products_of_a_row(architecture, dtype) // PRODUCTS_PER_STEP
     shares = max(batch_size // ROWS_PER_THREAD, architecture.n_parameters // PARAMETERS_PER_THREAD)
     n_threads = max(1, min(threads, worth, shares))
     split_rows = architecture.n_parameters * np.dtype(dtype).itemsize <= SPLIT_ROWS_BYTES
     return Plan(n_threads, _tile_rows(architecture, batch_size, dtype, n_threads), split_rows)
 
 
-def _products_of_a_row(architecture: Architecture, dtype: str) -> int:
-    """Multiply-adds for one row of a mini-batch: a W, aᵀ δ, and δ Wᵀ but for the first layer, in whole vectors."""
+def products_of_a_row(architecture: Architecture, dtype: str) -> int:
+    """Multiply-adds for one row of a mini-batch: a W, aᵀ δ, and δ Wᵀ but for the first layer, in whole vectors.
+
+    One in float64 counts as two.
+    """
     vector = VECTOR_BYTES // np.dtype(dtype).itemsize
     products = [n_in * round_up(n_out, vector) for n_in, n_out in pairwise(architecture.layer_sizes)]
-    return int(3 * sum(products) - products[0])
+    return int(3 * sum(products) - products[0]) * np.dtype(dtype).itemsize // 4
 
 
 def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: int) -> int:

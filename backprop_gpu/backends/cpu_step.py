@@ -191,6 +191,7 @@ class StepTrainer(Trainer):
         if n_threads == self.n_threads:
             return
         job, self.n_threads = self.job, n_threads
+        self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
         self.layers, self.groups = layout.layers, layout.groups()
@@ -223,7 +224,9 @@ class StepTrainer(Trainer):
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
         barrier = new_barrier()
+        n_members = plan.n_threads if batches.order.size * self.products_of_a_row >= cpu_plan.PRODUCTS_PER_CALL else 1
         arguments = (
+            n_members,
             record,
             layers,
             self.groups,
@@ -244,9 +247,9 @@ class StepTrainer(Trainer):
         )
         # Of all these, the types of some alone can change from call to call; to look at all would take 25 µs.
         kind = outline((batches, starts, learning_rates, alphas))
-        code = self.codes.get(kind) or step.train.specialised(plan.n_threads, barrier, arguments)
+        code = self.codes.get(kind) or step.train.specialised(n_members, barrier, arguments)
         self.codes[kind] = code
-        threads.require(code(plan.n_threads, barrier, arguments))
+        threads.require(code(n_members, barrier, arguments))
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 

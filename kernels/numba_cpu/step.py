@@ -11,6 +11,9 @@ A step has three phases, with a barrier after the first and after the last:
 
 Splitting the rows keeps a large batch of a narrow network in cache; splitting the blocks spares a wide network one
 gradient vector per thread, and their sum. Nothing depends on timing, so a run with as many threads has the same bits.
+
+A thread in this sense is a share of the work. Those of the operating system are members: each does a share, or one does
+them all, in turn, where there is too little to do for it to be worth starting another.
 """
 
 from __future__ import annotations
@@ -39,14 +42,15 @@ CHUNK_ROWS = 256
 
 
 @entry_point
-def train(n_threads, barrier, arguments):
-    """See `part_of_train`; False where not all threads could be started."""
-    return run(part_of_train, n_threads, barrier.ctypes.data, arguments)
+def train(n_members, barrier, arguments):
+    """See `part_of_train`, to whose arguments n_members belongs too; False where not all could be started."""
+    return run(part_of_train, n_members, barrier.ctypes.data, arguments)
 
 
 @compiled
 def part_of_train(
-    thread,
+    member,
+    n_members,
     plan,
     layers,
     groups,
@@ -65,56 +69,63 @@ def part_of_train(
     n_stored,
     guarded,
 ):
-    """One thread's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
+    """One member's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
 
     groups : (n_threads, n, 2), the first block and the last + 1 of what each thread updates in one go, in this order;
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
-    its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with this thread's part of each
+    its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with each thread's part of each
     step's C without the penalty, and of the penalty; vectors : flat, the parameters and the optimizer's slots, empty
     where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
     after the last; guarded : only where all is finite, see `all_finite`.
     """
     here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
-    if n_loaded > 0 and not load_all(thread, here, layers, vectors, n_loaded, memory, barrier):
+    if n_loaded > 0 and not load_all(member, n_members, here, layers, vectors, n_loaded, memory, barrier):
         return
     for s in range(learning_rates.size):
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
-        losses[thread, s, 0] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
-        if not wait(barrier, here.n_threads):
+        for thread in range(member, here.n_threads, n_members):
+            losses[thread, s, 0] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
+        if not wait(barrier, n_members):
             return
-        losses[thread, s, 1] = learn(
-            thread,
-            here,
-            layers,
-            groups[thread],
-            memory,
-            barrier,
-            settings,
-            n_rows,
-            learning_rates[s],
-            alphas[s],
-            first_step + s,
-        )
-        if not wait(barrier, here.n_threads):
+        if here.clip_norm < math.inf:
+            for thread in range(member, here.n_threads, n_members):
+                whole_gradients(thread, here, layers, groups[thread], memory, n_rows, alphas[s])
+            if not wait(barrier, n_members):
+                return
+        for thread in range(member, here.n_threads, n_members):
+            losses[thread, s, 1] = learn(
+                thread,
+                here,
+                layers,
+                groups[thread],
+                memory,
+                settings,
+                n_rows,
+                learning_rates[s],
+                alphas[s],
+                first_step + s,
+            )
+        if not wait(barrier, n_members):
             return
-    if n_stored > 0 and (not guarded or all_finite(thread, here, memory, losses, barrier)):
-        store_all(thread, here, layers, vectors, n_stored, memory)
+    if n_stored > 0 and (not guarded or all_finite(member, n_members, here, memory, losses, barrier)):
+        store_all(member, n_members, layers, vectors, n_stored, memory)
 
 
 @compiled
-def all_finite(thread, plan, memory, losses, barrier):
+def all_finite(member, n_members, plan, memory, losses, barrier):
     """Whether all losses and Σ parameters² are finite; their sum, which is then, stays in norms[0, 1]."""
-    low, high = thread * plan.n_parameters // plan.n_threads, (thread + 1) * plan.n_parameters // plan.n_threads
-    memory.norms[thread, 0] = sum_squares(memory.parameters, memory.parameters, 0.0, low, high)
-    if not wait(barrier, plan.n_threads):
+    for thread in range(member, plan.n_threads, n_members):
+        low, high = thread * plan.n_parameters // plan.n_threads, (thread + 1) * plan.n_parameters // plan.n_threads
+        memory.norms[thread, 0] = sum_squares(memory.parameters, memory.parameters, 0.0, low, high)
+    if not wait(barrier, n_members):
         return False
     total = 0.0
-    for other in range(plan.n_threads):
-        total += memory.norms[other, 0]
+    for thread in range(plan.n_threads):
+        total += memory.norms[thread, 0]
         for s in range(losses.shape[1]):
-            total += losses[other, s, 0] + losses[other, s, 1]
-    memory.norms[thread, 1] = total
+            total += losses[thread, s, 0] + losses[thread, s, 1]
+    memory.norms[member, 1] = total
     return math.isfinite(total)
 
 
@@ -263,28 +274,39 @@ def blocks_in(layer, memory):
 
 
 @compiled
-def learn(thread, plan, layers, groups, memory, barrier, settings, n_rows, learning_rate, alpha, step):
-    """Gradients and update of the parameters that this thread owns: groups of blocks, and a range of biases.
-
-    Returns their part of the penalty ½ alpha Σ W², from before the update.
-    """
+def biases_of(thread, plan):
+    """The range of the packed biases that a thread owns."""
     biases = plan.n_parameters - plan.n_weights
-    first_bias = plan.n_weights + thread * biases // plan.n_threads
-    last_bias = plan.n_weights + (thread + 1) * biases // plan.n_threads
-    size = block_size(memory)
-    scale = 1.0
-    squares = 0.0
-    sum_over_threads(plan, memory, first_bias, last_bias)
+    first, last = thread * biases // plan.n_threads, (thread + 1) * biases // plan.n_threads
+    return plan.n_weights + first, plan.n_weights + last
+
+
+@compiled
+def whole_gradients(thread, plan, layers, groups, memory, n_rows, alpha):
+    """The gradients of the parameters that this thread owns, for clipping by the norm of all: its part into `norms`."""
+    first, last = biases_of(thread, plan)
+    sum_over_threads(plan, memory, first, last)
+    size, norm = block_size(memory), sum_squares(memory.gradients[0], memory.parameters, 0.0, first, last)
+    for g in range(groups.shape[0]):
+        group, end = groups[g, 0], groups[g, 1]
+        own_gradients(plan, layers, memory, 0, group, end, 0, n_rows)
+        norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
+    memory.norms[thread, 0] = norm
+
+
+@compiled
+def learn(thread, plan, layers, groups, memory, settings, n_rows, learning_rate, alpha, step):
+    """Gradients, unless `whole_gradients` has made them, and update of the parameters that this thread owns.
+
+    They are groups of blocks, and a range of biases. Returns their part of the penalty ½ alpha Σ W², from before the
+    update.
+    """
+    size, squares = block_size(memory), 0.0
+    first_bias, last_bias = biases_of(thread, plan)
     clips = plan.clip_norm < math.inf
-    if clips:
-        norm = sum_squares(memory.gradients[0], memory.parameters, 0.0, first_bias, last_bias)
-        for g in range(groups.shape[0]):
-            group, end = groups[g, 0], groups[g, 1]
-            own_gradients(plan, layers, memory, 0, group, end, 0, n_rows)
-            norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
-        memory.norms[thread, 0] = norm
-        wait(barrier, plan.n_threads)
-        scale = clip_scale(plan, memory)
+    scale = clip_scale(plan, memory) if clips else 1.0
+    if not clips:
+        sum_over_threads(plan, memory, first_bias, last_bias)
     for g in range(groups.shape[0]):
         group, end = groups[g, 0], groups[g, 1]
         # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
@@ -405,30 +427,30 @@ def store(thread, n_threads, layers, packed, flat):
 
 
 @compiled
-def load_all(thread, plan, layers, vectors, n_loaded, memory, barrier):
+def load_all(member, n_members, plan, layers, vectors, n_loaded, memory, barrier):
     """The first n_loaded vectors, and Wᵀ; False where the barrier is stopped."""
-    load_vector(thread, plan.n_threads, layers, vectors[0], memory.parameters)
+    load_vector(member, n_members, layers, vectors[0], memory.parameters)
     if n_loaded > 1 and vectors[1].size > 0:
-        load_vector(thread, plan.n_threads, layers, vectors[1], memory.slot_1)
+        load_vector(member, n_members, layers, vectors[1], memory.slot_1)
     if n_loaded > 2 and vectors[2].size > 0:
-        load_vector(thread, plan.n_threads, layers, vectors[2], memory.slot_2)
-    if not wait(barrier, plan.n_threads):
+        load_vector(member, n_members, layers, vectors[2], memory.slot_2)
+    if not wait(barrier, n_members):
         return False
     for index in range(1, plan.n_layers):
         blocks = blocks_in(layers[index], memory)
-        first, last = thread * blocks // plan.n_threads, (thread + 1) * blocks // plan.n_threads
+        first, last = member * blocks // n_members, (member + 1) * blocks // n_members
         transpose_blocks(layers[index], memory, first, last)
-    return wait(barrier, plan.n_threads)
+    return wait(barrier, n_members)
 
 
 @compiled
-def store_all(thread, plan, layers, vectors, n_stored, memory):
+def store_all(member, n_members, layers, vectors, n_stored, memory):
     """The inverse of `load_all`."""
-    store_vector(thread, plan.n_threads, layers, memory.parameters, vectors[0])
+    store_vector(member, n_members, layers, memory.parameters, vectors[0])
     if n_stored > 1 and vectors[1].size > 0:
-        store_vector(thread, plan.n_threads, layers, memory.slot_1, vectors[1])
+        store_vector(member, n_members, layers, memory.slot_1, vectors[1])
     if n_stored > 2 and vectors[2].size > 0:
-        store_vector(thread, plan.n_threads, layers, memory.slot_2, vectors[2])
+        store_vector(member, n_members, layers, memory.slot_2, vectors[2])
 
 
 @compiled
