@@ -99,11 +99,12 @@ class TrainingJob:
 
     def goes_on_from(self, other: TrainingJob) -> bool:
         """Whether nothing but the rows differs: the same arrays are trained with the same settings."""
-        settings = ("architecture", "optimizer", "dtype", "batch_size", "seed", "steps_before")
-        arrays = ((job.parameters, *job.state.values()) for job in (self, other))
-        return all(getattr(self, name) == getattr(other, name) for name in settings) and all(
-            x is y for x, y in zip(*arrays, strict=True)
-        )
+        if self._settings() != other._settings() or self.parameters is not other.parameters:
+            return False
+        return all(x is y for x, y in zip(self.state.values(), other.state.values(), strict=True))
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self.architecture, self.optimizer, self.dtype, self.batch_size, self.seed, self.steps_before
 
     def without_rows(self) -> TrainingJob:
         """The same with rows and targets of no memory."""
@@ -191,14 +192,14 @@ class Trainer(ABC):
 
 def starts_of(n_rows: int, batch_size: int) -> npt.NDArray[np.int64]:
     """Where each mini-batch begins, and where the last one ends."""
-    return np.append(np.arange(0, n_rows, batch_size), n_rows)
+    return np.minimum(np.arange(0, n_rows + batch_size, batch_size), n_rows)
 
 
 def shares(
     order: npt.NDArray[np.int64], sample_weight: npt.NDArray[Any] | None, starts: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
     """The part of each row in the mean over its mini-batch, and the total weight of each mini-batch."""
-    n_rows = np.diff(starts)
+    n_rows = starts[1:] - starts[:-1]
     if sample_weight is None:
         return np.repeat(1 / n_rows, n_rows), n_rows
     w = sample_weight[order].astype(np.float64)

@@ -37,6 +37,8 @@ class StepTrainer(Trainer):
         self.n_threads = 0
         self.norms = np.full((1, 2), np.nan)
         self.codes: dict[Any, Callable[..., bool]] = {}
+        self.barrier = new_barrier()
+        self.resting: TrainingJob | None = None
         self.next_step = 0
         """After so many updates, the optimizer's state is in panels still; 0 where it has to be packed."""
         self.steps_per_call = 4
@@ -49,7 +51,8 @@ class StepTrainer(Trainer):
 
     def rest(self) -> bool:
         """See `Trainer.rest`."""
-        self.job, self.norms[0, 1] = self.job.without_rows(), np.nan
+        self.resting = self.resting or self.job.without_rows()
+        self.job, self.norms[0, 1] = self.resting, np.nan
         return True
 
     def take_over(self, job: TrainingJob) -> bool:
@@ -223,7 +226,6 @@ class StepTrainer(Trainer):
         """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.part_of_train`."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
-        barrier = new_barrier()
         n_members = plan.n_threads if batches.order.size * self.products_of_a_row >= cpu_plan.PRODUCTS_PER_CALL else 1
         arguments = (
             n_members,
@@ -233,7 +235,7 @@ class StepTrainer(Trainer):
             batches,
             starts,
             self.memory,
-            barrier,
+            self.barrier,
             self.settings,
             learning_rates,
             alphas,
@@ -247,9 +249,12 @@ class StepTrainer(Trainer):
         )
         # Of all these, the types of some alone can change from call to call; to look at all would take 25 µs.
         kind = outline((batches, starts, learning_rates, alphas))
-        code = self.codes.get(kind) or step.train.specialised(n_members, barrier, arguments)
+        code = self.codes.get(kind) or step.train.specialised(n_members, self.barrier, arguments)
         self.codes[kind] = code
-        threads.require(code(n_members, barrier, arguments))
+        started = code(n_members, self.barrier, arguments)
+        if not started:
+            self.barrier = new_barrier()  # for good stopped
+        threads.require(started)
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
 
