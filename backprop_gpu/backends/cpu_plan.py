@@ -73,8 +73,8 @@ PRODUCTS_PER_CALL = 1 << 22
 """Multiply-adds of all steps of a call below which one thread of the system does every share of them.
 
 A call a step on a Xeon, in µs, with two of them and with one: network S, 3.3 million, 313 and 239; 64-100-10 with 200
-rows, 3.8 million, 316 and 244. There, one is ahead up to some 16 million; on a Zen 3, where another takes 36 µs to start
-and to end, up to some 3.
+rows, 3.8 million, 316 and 244. There, one is ahead up to some 16 million; on a Zen 3, where another takes 36 µs to
+start and to end, up to some 3.
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
