@@ -2,12 +2,13 @@
 
     python tests/cuda_nvrtc/everything.py [--kernel NAME ...] [--minutes N] [--record FILE] [architecture ...]
 
-Some 8,500 variants for each of seven architectures, at about five a second and core. What is compiled is written down,
-and left out by later calls until a source, an option or NVRTC is another, so that all can be done in pieces of some
-`--minutes`. The order is drawn, the same each time: a piece is a sample of all. An array in local memory is an error; a
-few bytes are spilled where the assembler prefers that to one block less at once. Of the first third, by NVRTC 13.5, one
-in fifty spills, 20 bytes at most, but dense_backward of gelu with dropout in the 64 x 64 tile of float32: 44, and 68 on
-9.0.
+Some 8,500 variants for each of seven architectures, at about five a second and core. What is compiled is written down
+in everything.jsonl beside this file, and left out by later calls until a source, an option or NVRTC is another, so that
+all can be done in pieces of some `--minutes`. The order is drawn, the same each time: a piece is a sample of all.
+
+An array in local memory is an error; a few bytes are spilled where the assembler prefers that to one block less at
+once. Of the first third, by NVRTC 13.5, one in fifty spills, 20 bytes at most, but dense_backward of gelu with dropout
+in the 64 x 64 tile of float32: 44, and 68 on 9.0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import hashlib
 import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +34,7 @@ from cuda_nvrtc.variants import ARCHITECTURES, KERNELS, Variant, assertions, eve
 
 __all__ = ["Job", "jobs", "remaining", "report", "run", "sources"]
 
-RECORD = Path(tempfile.gettempdir()) / "backprop_gpu-everything.jsonl"
+RECORD = Path(__file__).with_suffix(".jsonl")
 
 
 class Job(NamedTuple):
@@ -47,7 +47,7 @@ class Job(NamedTuple):
         """Of all that its machine code depends on."""
         of_host = assertions(self.variants[0].file, self.architecture)
         names = (self.architecture, *(variant.expression for variant in self.variants))
-        return hashlib.sha256("\n".join((sources, of_host, *names)).encode()).hexdigest()
+        return hashlib.sha256("\n".join((sources, of_host, *names)).encode()).hexdigest()[:16]
 
 
 def sources() -> str:
