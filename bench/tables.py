@@ -49,7 +49,8 @@ def _machines(results: Sequence[Result]) -> str:
     versions = [set(each.machine["versions"].items()) for each in results]
     same = [" ".join(pair) for pair in results[0].machine["versions"].items() if pair in set.intersection(*versions)]
     dates = span([each.date for each in results], str)
-    return f"**{len(results)} machines**: {'; '.join(names)} ({dates}; {', '.join(same)}). From the least to the most:"
+    text = f"**{len(results)} machines**: {'; '.join(names)} ({dates}; {', '.join(same)})."
+    return f"{text} From the least to the most, of those measured:"
 
 
 def heading(result: Result) -> str:

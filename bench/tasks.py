@@ -7,7 +7,7 @@ another: the loss after some steps, the share of wrong labels, the error of an o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -155,23 +155,19 @@ def _operation(name: str) -> Task:
     )
 
 
+TRAINING = Task(
+    "training",
+    variants=lambda contender, case: contender.training(case),
+    number=lambda case, parameters: case.loss(*parameters),
+    expected=_training_loss,
+    multiple=lambda case: case.n_batches,
+)
+
 TASKS = {
     task.name: task
     for task in (
-        Task(
-            "training",
-            variants=lambda contender, case: contender.training(case),
-            number=lambda case, parameters: case.loss(*parameters),
-            expected=_training_loss,
-            multiple=lambda case: case.n_batches,
-        ),
-        Task(
-            "own loop",
-            variants=lambda contender, case: contender.own_loop(case),
-            number=lambda case, parameters: case.loss(*parameters),
-            expected=_training_loss,
-            multiple=lambda case: case.n_batches,
-        ),
+        TRAINING,
+        replace(TRAINING, name="own loop", variants=lambda contender, case: contender.own_loop(case)),
         Task(
             "autograd",
             variants=lambda contender, case: contender.autograd(case),

@@ -389,7 +389,8 @@ def test_a_stream_goes_on_with_the_memory_of_its_last_call(X, y, optimizer):
         expected.stream.trainer = None
     assert np.array_equal(net.parameters, expected.parameters)
     assert all(np.array_equal(net.stream.state[k], expected.stream.state[k]) for k in optimizer.slots)
-    assert all(trainer is kept[3 * (i // 3)] for i, trainer in enumerate(kept))
+    one = net.backend in ("cpu", "numpy")  # where steps are graphs, those with weights are others
+    assert all(trainer is kept[0 if one else 3 * (i // 3)] for i, trainer in enumerate(kept))
     assert (kept[0] is not None) == (net.backend in ("cpu", "cuda"))
 
 

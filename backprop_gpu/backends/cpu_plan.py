@@ -73,8 +73,7 @@ PRODUCTS_PER_CALL = 1 << 22
 """Multiply-adds of all steps of a call below which one thread of the system does every share of them.
 
 A call a step on a Xeon, in µs, with two of them and with one: network S, 3.3 million, 313 and 239; 64-100-10 with 200
-rows, 3.8 million, 316 and 244. There, one is ahead up to some 16 million; on a Zen 3, where another takes 36 µs to
-start and to end, up to some 3.
+rows, 3.8 million, 316 and 244. Not measured where threads start sooner.
 """
 
 ROWS_PER_THREAD = 2 * BLOCK_ROWS
@@ -108,7 +107,7 @@ def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: 
 
 
 def for_training(architecture: Architecture, batch_size: int, dtype: str, threads: int) -> Plan:
-    """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes alone."""
+    """The plan for mini-batches of `batch_size` rows and at most `threads` threads: by sizes, and a core's cache."""
     worth = batch_size * products_of_a_row(architecture, dtype) // PRODUCTS_PER_STEP
     shares = max(batch_size // ROWS_PER_THREAD, architecture.n_parameters // PARAMETERS_PER_THREAD)
     n_threads = max(1, min(threads, worth, shares))

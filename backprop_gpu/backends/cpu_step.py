@@ -36,9 +36,12 @@ class StepTrainer(Trainer):
         self.job = job
         self.n_threads = 0
         self.norms = np.full((1, 2), np.nan)
+        """Those of the memory: [0, 1] is a number once a guarded run has stored its outcome."""
         self.codes: dict[Any, Callable[..., bool]] = {}
+        """Machine code of `step.train`, by the types of the arguments that may change."""
         self.barrier = new_barrier()
         self.resting: TrainingJob | None = None
+        """The job as it is between calls, without rows."""
         self.next_step = 0
         """After so many updates, the optimizer's state is in panels still; 0 where it has to be packed."""
         self.steps_per_call = 4
@@ -247,13 +250,13 @@ class StepTrainer(Trainer):
             n_stored,
             guarded,
         )
-        # Of all these, the types of some alone can change from call to call; to look at all would take 25 µs.
+        # Of all these, the types of some alone can change from call to call.
         kind = outline((batches, starts, learning_rates, alphas))
         code = self.codes.get(kind) or step.train.specialised(n_members, self.barrier, arguments)
         self.codes[kind] = code
         started = code(n_members, self.barrier, arguments)
         if not started:
-            self.barrier = new_barrier()  # for good stopped
+            self.barrier = new_barrier()  # the old one is stopped for good
         threads.require(started)
         total: npt.NDArray[np.float64] = losses.sum(axis=0)
         return total
