@@ -489,6 +489,26 @@ def test_a_stream_keeps_its_graph_and_its_memory(emulated, on):
     assert captures == [1, 0, 0, 0, 1, 0]  # sparse rows come by another way
 
 
+def test_a_stream_leaves_the_callers_rows_alone_and_takes_weights_from_any_call_on(emulated, on):
+    cp = emulated()
+    on(cp)
+    X, y = data(n=64)
+    X = X.astype(np.float32)
+    first = cp.asarray(X[:32])  # as it lies, there is nothing to convert
+    net, expected = (bp.MLP(SIZES, backend="cuda", seed=1) for _ in range(2))
+    for rows, labels, w in (
+        (first, y[:32], None),
+        (X[32:], y[32:], None),
+        (X[32:], y[32:], 1.0 + y[32:]),
+        (X[:32], y[:32], 1.0 + y[:32]),
+        (X[32:], y[32:], None),
+    ):
+        assert net.partial_fit(rows, labels, sample_weight=w) == expected.partial_fit(rows, labels, sample_weight=w)
+        expected.stream.trainer = None
+        assert np.array_equal(net.ops.to_numpy(net.parameters), expected.ops.to_numpy(expected.parameters))
+    assert np.array_equal(cp.asnumpy(first), X[:32])
+
+
 def test_a_stream_of_float16_keeps_its_loss_scale(emulated, on):
     """Found once, and not anew in each call, which would leave out the first step of each."""
     cp = emulated()
