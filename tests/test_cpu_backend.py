@@ -18,6 +18,7 @@ from backprop_gpu.backends.contract import Dropout
 pytest.importorskip("numba")
 cpu_plan = importlib.import_module("backprop_gpu.backends.cpu_plan")
 cpu_step = importlib.import_module("backprop_gpu.backends.cpu_step")
+compiling = importlib.import_module("backprop_gpu.kernels.numba_cpu.compile")
 gemm = importlib.import_module("backprop_gpu.kernels.numba_cpu.gemm")
 panels = importlib.import_module("backprop_gpu.kernels.numba_cpu.panels")
 step = importlib.import_module("backprop_gpu.kernels.numba_cpu.step")
@@ -501,6 +502,16 @@ def test_no_loop_writes_only_what_changes():
         [sys.executable, "-c", textwrap.dedent(MASKED_STORES)], env=os.environ | chosen, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_product_asks_for_the_weights_that_it_needs_next():
+    product, n = compiling.executable(gemm.gemm_nn.py_func), 2 * panels.width("float32")
+    a, c, zeros = np.ones(n * n, np.float32), np.empty(n * n, np.float32), np.zeros(n, np.float32)
+    stride = n * n // 2
+    product(a, 0, stride, a, 0, stride, c, 0, stride, n, n, n, zeros, 0, 0)
+    assert (c == n).all()
+    (code,) = product.inspect_llvm().values()
+    assert "call void @llvm.prefetch" in code
 
 
 def test_dropout_of_the_operations_is_the_contracts():
