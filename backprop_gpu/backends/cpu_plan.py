@@ -158,13 +158,12 @@ class Layout:
         self._block_size = BLOCK_ROWS * self.panel
         self.layers = np.zeros(architecture.n_layers, LAYER)
         rows = plan.tile_rows if plan.split_rows else rows_of_panel(batch_size, dtype)
-        self.stride, self.tile_stride = rows * self.panel, plan.tile_rows * self.panel
+        self.stride = rows * self.panel
         self._describe(architecture)
         self.n_weights = self._place_weights()
         self.n_parameters = self._place_biases(self.n_weights)
         self.n_transposed = self._place_transposed()
         self.n_passes = self._place_passes()
-        self.n_scratch = self._place_scratch()
 
     def _describe(self, architecture: Architecture) -> None:
         layers = self.layers
@@ -200,19 +199,13 @@ class Layout:
         return int(end)
 
     def _place_passes(self) -> int:
-        """a⁰, then a and δ of every layer; `a` of the output layer is its z."""
+        """a⁰, then a and δ of every layer, and what else σ′ and dropout need; `a` of the output layer is its z."""
         end = self._columns(self.layers[0]["n_in"]) // self.panel * self.stride
         a_prev = 0
         for layer in self.layers:
             size = self._columns(layer["n_out"]) // self.panel * self.stride
             layer["a_prev"], layer["a"], layer["delta"] = a_prev, end, end + size
             a_prev, end = end, end + 2 * size
-        return int(end)
-
-    def _place_scratch(self) -> int:
-        end = 0
-        for layer in self.layers:
-            size = self._columns(layer["n_out"]) // self.panel * self.tile_stride
             layer["z"], end = end, end + size * layer["from_z"]
             layer["factors"], end = end, end + size * (layer["dropout"] > 0)
         return int(end)
@@ -257,7 +250,6 @@ class Layout:
         record["n_layers"], record["n_threads"] = len(self.layers), plan.n_threads
         record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
         record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
-        record["tile_stride"], record["tile_span"] = self.tile_stride, self._span(self.n_scratch)
         record["n_weights"], record["n_parameters"] = self.n_weights, self.n_parameters
         record["loss"] = output_delta.CODES[architecture.loss.name]
         record["loss_setting"] = output_delta.setting(architecture.loss)
@@ -279,7 +271,6 @@ class Layout:
             "slot_2": self.n_parameters * (n_slots > 1),
             "gradients": threads * n_gradients,
             "passes": self._span(self.n_passes) * (threads if plan.split_rows else 1),
-            "scratch": self._span(self.n_scratch) * threads,
             "zeros": self.panel,
         }
         spans = [self._span(n) for n in sizes.values()]

@@ -12,10 +12,9 @@ __all__ = ["dense_backward"]
 
 
 @compiled
-def dense_backward(plan, layer, next_layer, memory, n_rows, at, at_tile):
-    """δ of `layer`, from δ of `next_layer`, for the tile at `at` in `passes` and at `at_tile` in `scratch`."""
-    passes, scratch = memory.passes, memory.scratch
-    delta = layer.delta + at
+def dense_backward(plan, layer, next_layer, memory, n_rows, at):
+    """δ of `layer`, from δ of `next_layer`, for the tile at `at` in `passes`."""
+    passes, delta = memory.passes, layer.delta + at
     panel = panel_width(passes)
     gemm_nn(
         passes,
@@ -38,10 +37,10 @@ def dense_backward(plan, layer, next_layer, memory, n_rows, at, at_tile):
     for p in range((layer.n_out + panel - 1) // panel):
         delta_panel = delta + p * plan.stride
         if layer.dropout > 0:
-            multiply(passes, delta_panel, scratch, layer.factors + at_tile + p * plan.tile_stride, count)
+            multiply(passes, delta_panel, passes, layer.factors + at + p * plan.stride, count)
         if layer.from_z:
-            z = layer.z + at_tile + p * plan.tile_stride
-            multiply_by_derivative(layer.sigma, scratch, z, 1.0, passes, delta_panel, count)
+            z = layer.z + at + p * plan.stride
+            multiply_by_derivative(layer.sigma, passes, z, 1.0, passes, delta_panel, count)
         else:  # a as it was before dropout
             a = layer.a + at + p * plan.stride
             multiply_by_derivative(layer.sigma, passes, a, 1 - layer.dropout, passes, delta_panel, count)

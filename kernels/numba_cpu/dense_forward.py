@@ -34,25 +34,21 @@ def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_
 
 
 @compiled
-def dense_forward(plan, layer, index, memory, n_rows, at, at_tile, first_row, step):
-    """a = σ(a_prev W + b) for the tile at `at` in `passes` and at `at_tile` in `scratch`.
+def dense_forward(plan, layer, index, memory, n_rows, at, first_row, step):
+    """a = σ(a_prev W + b) for the tile at `at` in `passes`.
 
     n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
     """
-    passes, scratch = memory.passes, memory.scratch
-    a, a_prev = layer.a + at, layer.a_prev + at
-    z, factors = layer.z + at_tile, layer.factors + at_tile
-    panel = panel_width(passes)
+    passes, panel = memory.passes, panel_width(memory.passes)
+    a, a_prev, factors = layer.a + at, layer.a_prev + at, layer.factors + at
+    z = (layer.z if layer.from_z else layer.a) + at
     drops = layer.dropout > 0 and step >= 0
-    if layer.from_z:
-        pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, scratch, z, plan.tile_stride, n_rows)
-    else:
-        pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, a, plan.stride, n_rows)
+    pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, z, plan.stride, n_rows)
     if drops:
         keep_factors(
-            scratch,
+            passes,
             factors,
-            plan.tile_stride,
+            plan.stride,
             panel,
             n_rows,
             layer.n_out,
@@ -65,12 +61,9 @@ def dense_forward(plan, layer, index, memory, n_rows, at, at_tile, first_row, st
     count = n_rows * panel
     for p in range((layer.n_out + panel - 1) // panel):
         a_panel = a + p * plan.stride
-        if layer.from_z:
-            apply(layer.sigma, scratch, z + p * plan.tile_stride, passes, a_panel, count)
-        else:
-            apply(layer.sigma, passes, a_panel, passes, a_panel, count)
+        apply(layer.sigma, passes, z + p * plan.stride, passes, a_panel, count)
         if drops:
-            multiply(passes, a_panel, scratch, factors + p * plan.tile_stride, count)
+            multiply(passes, a_panel, passes, factors + p * plan.stride, count)
     if layer.pads:
         zero_padding(passes, a, plan.stride, n_rows, layer.n_out)
 

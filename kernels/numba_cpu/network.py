@@ -1,8 +1,8 @@
 """What a compiled pass knows of a network and of the memory that it works in: plain records, filled in on the host.
 
-Offsets count elements. `passes` holds a and δ of every layer, `scratch` what only the tile at hand needs; all are in
-panels (see `panels`). With `split_rows`, a thread keeps its tile to itself, so `passes` has one tile for each thread;
-without, `passes` has the whole mini-batch, for all threads to read when they compute ∂C/∂W.
+Offsets count elements. `passes` holds what the passes leave of every layer, in panels (see `panels`). With `split_rows`,
+a thread keeps its tile to itself, so `passes` has one tile for each thread; without, `passes` has the whole mini-batch,
+for all threads to read when they compute ∂C/∂W.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ PLAN = np.dtype(
         ("n_threads", "i8"),
         ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
-        ("stride", "i8"),  # from panel to panel of a and δ
+        ("stride", "i8"),  # from panel to panel in `passes`
         ("span", "i8"),  # from thread to thread in `passes`; 0 where the threads share it
-        ("tile_stride", "i8"),  # from panel to panel of z and of the dropout factors
-        ("tile_span", "i8"),  # from thread to thread in `scratch`
         ("n_weights", "i8"),  # of the packed parameters: padding counts
         ("n_parameters", "i8"),
         ("loss", "i8"),
@@ -54,8 +52,8 @@ LAYER = np.dtype(
         ("a_prev", "i8"),  # offsets in `passes`
         ("a", "i8"),
         ("delta", "i8"),
-        ("z", "i8"),  # offsets in `scratch`
-        ("factors", "i8"),
+        ("z", "i8"),  # where from_z
+        ("factors", "i8"),  # of dropout
     ],
     align=True,
 )
@@ -74,7 +72,6 @@ class Memory(NamedTuple):
     gradients: Any
     """(n_threads, n_parameters)."""
     passes: Any
-    scratch: Any
     zeros: Any
     """One panel's width of zeros: the bias of a product without one."""
     norms: Any

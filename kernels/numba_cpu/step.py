@@ -145,13 +145,13 @@ def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums
     here, layer, memory = plan[0], layers[layers.size - 1], borrowed(memory)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     low, high = rows_of(thread, here.n_threads, x.shape[0])
-    at, at_tile = thread * here.span, thread * here.tile_span
+    at = thread * here.span
     out, n_out = layer.a + at, layer.n_out
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
         add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
-        hidden_layers(here, layers, memory, computed(rows), at, at_tile, 0, -1)
+        hidden_layers(here, layers, memory, computed(rows), at, 0, -1)
         if wanted == LABELS:
             winners(memory.passes, out, here.stride, rows, n_out, labels, row)
             continue
@@ -179,10 +179,9 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
     for row in range(low, high, plan.tile_rows):
         rows = min(plan.tile_rows, high - row)
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
-        at_tile = thread * plan.tile_span
         gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
-        cost += forward(plan, layers, batches, memory, first_row, row, rows, at, at_tile, dropout_step)
-        backward(thread, plan, layers, memory, rows, at, at_tile, row > low)
+        cost += forward(plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
+        backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
         no_rows(thread, plan, memory)
     return cost
@@ -204,10 +203,10 @@ def computed(n_rows):
 
 
 @compiled
-def forward(plan, layers, batches, memory, first_row, row, n_rows, at, at_tile, dropout_step):
+def forward(plan, layers, batches, memory, first_row, row, n_rows, at, dropout_step):
     """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
     layer = layers[plan.n_layers - 1]
-    hidden_layers(plan, layers, memory, computed(n_rows), at, at_tile, row, dropout_step)
+    hidden_layers(plan, layers, memory, computed(n_rows), at, row, dropout_step)
     return output_delta(
         plan.loss,
         plan.loss_setting,
@@ -225,12 +224,12 @@ def forward(plan, layers, batches, memory, first_row, row, n_rows, at, at_tile, 
 
 
 @compiled
-def hidden_layers(plan, layers, memory, n_rows, at, at_tile, row, dropout_step):
+def hidden_layers(plan, layers, memory, n_rows, at, row, dropout_step):
     """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
     passes = memory.passes
     last = plan.n_layers - 1
     for index in range(last):
-        dense_forward(plan, layers[index], index, memory, n_rows, at, at_tile, row, dropout_step)
+        dense_forward(plan, layers[index], index, memory, n_rows, at, row, dropout_step)
     layer = layers[last]
     pre_activation(
         layer, memory.parameters, passes, layer.a_prev + at, plan.stride, passes, layer.a + at, plan.stride, n_rows
@@ -238,7 +237,7 @@ def hidden_layers(plan, layers, memory, n_rows, at, at_tile, row, dropout_step):
 
 
 @compiled
-def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
+def backward(thread, plan, layers, memory, n_rows, at, accumulate):
     """The backward pass of a tile: δ of every layer, db, and with `split_rows` dW."""
     for index in range(plan.n_layers - 1, -1, -1):
         layer = layers[index]
@@ -246,7 +245,7 @@ def backward(thread, plan, layers, memory, n_rows, at, at_tile, accumulate):
         if plan.split_rows:
             weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate, False)
         if index > 0:
-            dense_backward(plan, layers[index - 1], layer, memory, computed(n_rows), at, at_tile)
+            dense_backward(plan, layers[index - 1], layer, memory, computed(n_rows), at)
 
 
 @compiled
