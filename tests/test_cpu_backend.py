@@ -1,6 +1,7 @@
 """The cpu backend's whole steps: the reference's numbers for every way to divide them, and sound under threads."""
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -62,12 +63,18 @@ def assert_same(actual, expected, dtype):
 
 # Every way to divide a step
 
+every_split = pytest.mark.parametrize(
+    "split",
+    [{"split_rows": True}, {"split_rows": False}, {"split_rows": False, "split_columns": True}],
+    ids=["rows", "blocks", "columns"],
+)
+
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("split_rows", [True, False])
+@every_split
 @pytest.mark.parametrize(("n_threads", "tile_rows"), [(1, 8), (1, 64), (2, 8), (3, 24), (7, 16)])
-def test_every_plan_gives_the_references_numbers(dtype, split_rows, n_threads, tile_rows, monkeypatch):
-    plan = cpu_plan.Plan(n_threads, panels.round_up(tile_rows, panels.BLOCK_ROWS), split_rows)
+def test_every_plan_gives_the_references_numbers(dtype, split, n_threads, tile_rows, monkeypatch):
+    plan = cpu_plan.Plan(n_threads, panels.round_up(tile_rows, panels.BLOCK_ROWS), **split)
     monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
     X, y = draw(331, dtype=dtype)
     w = np.random.default_rng(1).random(331)
@@ -83,9 +90,9 @@ def test_every_plan_gives_the_references_numbers(dtype, split_rows, n_threads, t
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("split_rows", [True, False])
-def test_one_member_makes_the_bits_of_as_many_as_there_are_threads(split_rows, clip_norm, monkeypatch):
-    plan = cpu_plan.Plan(3, 2 * panels.BLOCK_ROWS, split_rows)
+@every_split
+def test_one_member_makes_the_bits_of_as_many_as_there_are_threads(split, clip_norm, monkeypatch):
+    plan = cpu_plan.Plan(3, 2 * panels.BLOCK_ROWS, **split)
     monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
     X, y = draw(331)
     found, members, train = [], [], step.train.specialised
@@ -149,6 +156,27 @@ def test_groups_are_the_run_of_blocks_that_a_thread_owns(sizes, n_threads, split
     assert np.diff(layout.groups(), axis=2).max() <= cpu_plan.GROUP
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[30, 64, 64, 2], [784, 256, 128, 10], [1009, 521, 257, 3]])
+def test_a_threads_columns_are_a_layer_whose_blocks_it_owns(sizes, n_threads):
+    architecture = network("numpy", sizes=sizes).architecture
+    plan = cpu_plan.Plan(n_threads, panels.BLOCK_ROWS, split_rows=False, split_columns=True)
+    layout = cpu_plan.Layout(architecture, plan, 64, "float32")
+    size, first, parts = panels.BLOCK_ROWS * layout.panel, layout.layers[0], layout.parts
+    assert parts["n_out"].sum() == sizes[1]
+    assert list(parts["first_column"]) == [0, *np.cumsum(parts["n_out"])[:-1]]
+    for name, stride in {"W": first["W_stride"], "b": layout.panel, "a": layout.stride, "delta": layout.stride}.items():
+        assert list(parts[name] - first[name]) == list(parts["first_column"] // layout.panel * stride)
+    assert len(set(parts["a_prev"])) == n_threads
+    blocks = [[block for group in groups for block in range(*group)] for groups in layout.groups()]
+    assert sorted(block for owned in blocks for block in owned) == list(range(layout.n_weights // size))
+    for part, owned in zip(parts, blocks, strict=True):
+        of_first = [block for block in owned if block * size < layout.layers[1]["W"]]
+        columns = -(-part["n_out"] // layout.panel)
+        assert set(of_first) == set(range(part["W"] // size, (part["W"] + columns * part["W_stride"]) // size))
+    assert np.diff(layout.groups(), axis=2).max() <= cpu_plan.GROUP
+
+
 @pytest.mark.parametrize(("text", "kib"), [("2048K\n", 2048), ("512K", 512), ("", 512), ("2M\n", 512), (None, 512)])
 def test_the_cache_is_as_large_as_the_system_says(text, kib, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_plan, "CACHE", tmp_path / "size")
@@ -201,6 +229,26 @@ def test_a_thread_takes_part_where_there_is_work_for_it(monkeypatch):
     assert n_threads(sizes, 128) == 1
     assert n_threads([1024, 1024, 1024, 10], 7) == 2  # to share the update
     assert n_threads([256, 256, 256, 10], 7) == 1
+    assert n_threads([784, 256, 128, 10], 1) == 2  # to share the first layer's columns
+    assert n_threads([784, 33, 10], 1) == 1
+
+
+def test_columns_are_split_where_every_thread_gets_about_as_many(monkeypatch):
+    monkeypatch.undo()
+    panel = panels.width("float32")
+    for n_panels, batch_size, threads in itertools.product((1, 3, 8, 11, 22), (1, 8, 128, 129), (1, 2, 3, 8, 64)):
+        sizes = [784, n_panels * panel - 1, 128, 10]
+        architecture = network("numpy", sizes=sizes).architecture
+        plan = cpu_plan.for_training(architecture, batch_size, "float32", threads)
+        assert plan.n_threads <= threads
+        if plan.split_columns:
+            assert batch_size <= cpu_plan.COLUMNS_ROWS
+            assert plan.n_threads > 1
+            assert -(-n_panels // plan.n_threads) * plan.n_threads <= cpu_plan.EVEN * n_panels
+        if n_panels == 8 and threads in (2, 8, 64) and batch_size <= 128:
+            assert plan.split_columns
+            assert plan.n_threads == min(threads, 8)
+    assert not cpu_plan.for_training(network("numpy", sizes=[2048, 256]).architecture, 128, "float32", 2).split_columns
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 9])
@@ -535,12 +583,12 @@ def padding(trainer):
     return used == 0
 
 
-@pytest.mark.parametrize("split_rows", [True, False])
+@every_split
 @pytest.mark.parametrize("optimizer", [bp.AdamW(clip_norm=0.5), bp.RMSprop()], ids=["clipped", "not clipped"])
-def test_the_padding_of_every_vector_stays_zero(split_rows, optimizer, monkeypatch):
+def test_the_padding_of_every_vector_stays_zero(split, optimizer, monkeypatch):
     """Else the penalty, and so the loss, counts weights that the network does not have."""
     sizes = [37, 102, 91]  # of more blocks than a thread's buffer holds, with narrow ones late
-    plan = cpu_plan.Plan(2, 2 * panels.BLOCK_ROWS, split_rows)
+    plan = cpu_plan.Plan(2, 2 * panels.BLOCK_ROWS, **split)
     monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
     X, y = draw(331, sizes)
     totals = {}

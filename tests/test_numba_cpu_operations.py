@@ -626,6 +626,7 @@ def test_keep_factors(dtype, n_columns, width, dropout):
         tile.start(),
         *tile.layout,
         FIRST,
+        0,
         dropout.rate,
         np.uint64(dropout.seed),
         dropout.layer,
@@ -635,13 +636,13 @@ def test_keep_factors(dtype, n_columns, width, dropout):
     assert np.array_equal(tile.get(), kept * np.dtype(dtype).type(1 / (1 - dropout.rate)))
 
 
-def test_rows_far_into_the_mini_batch(dtype):
-    dropout, first = DROPOUTS[3], 5000
-    tile = Panels(N_ROWS, 10, 16, dtype)
-    keep_factors(
-        tile.x, tile.start(), *tile.layout, first, dropout.rate, np.uint64(dropout.seed), dropout.layer, dropout.step
-    )
-    assert np.array_equal(tile.get() != 0, dropout_mask((first + N_ROWS, 10), dropout)[first:])
+@pytest.mark.parametrize("width", [8, 16])
+def test_rows_and_columns_far_into_the_mini_batch(dtype, width):
+    dropout, row, column = DROPOUTS[3], 5000, 96
+    tile = Panels(N_ROWS, 10, width, dtype)
+    settings = dropout.rate, np.uint64(dropout.seed), dropout.layer, dropout.step
+    keep_factors(tile.x, tile.start(), *tile.layout, row, column, *settings)
+    assert np.array_equal(tile.get() != 0, dropout_mask((row + N_ROWS, column + 10), dropout)[row:, column:])
 
 
 def test_multiply(dtype):

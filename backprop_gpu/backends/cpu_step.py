@@ -130,6 +130,7 @@ class StepTrainer(Trainer):
                     first_step + done,
                     self.record,
                     self.layers,
+                    self.parts,
                     vectors,
                     n_loaded if done == 0 else 0,
                     len(vectors) if steps.stop == len(learning_rates) else 0,
@@ -167,8 +168,8 @@ class StepTrainer(Trainer):
         """See `Trainer.gradient`: steps that add to the first slot's memory, where another trainer's would update."""
         job, n_rows = self.job, len(self.job.rows)
         self._prepare(threads.available())
-        record, layers = self.record.copy(), self.layers.copy()
-        record["optimizer"], record["clip_norm"], layers["dropout"] = update.SUM, np.inf, 0
+        record, layers, parts = self.record.copy(), self.layers.copy(), self.parts.copy()
+        record["optimizer"], record["clip_norm"], layers["dropout"], parts["dropout"] = update.SUM, np.inf, 0, 0
         order, starts = np.arange(n_rows), starts_of(n_rows, job.batch_size)
         share, _ = shares(order, job.sample_weight, np.array([0, n_rows]))  # of the mean over all rows
         alphas = np.zeros(len(starts) - 1)
@@ -183,7 +184,7 @@ class StepTrainer(Trainer):
             batches, some = self._batches(order[rows], share[rows]), starts[steps.start : steps.stop + 1] - rows.start
             n_loaded = 1 if first == 0 else 0
             losses = self._steps(
-                batches, some, alphas[steps], alphas[steps], 0, record, layers, vectors, n_loaded, 0, False
+                batches, some, alphas[steps], alphas[steps], 0, record, layers, parts, vectors, n_loaded, 0, False
             )
             cost += float(losses[:, 0].sum())
         flat = plain(gradients)
@@ -200,7 +201,7 @@ class StepTrainer(Trainer):
         self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
-        self.layers, self.groups = layout.layers, layout.groups()
+        self.layers, self.parts, self.groups = layout.layers, layout.parts, layout.groups()
         self.next_step = 0
         self.record = layout.record(job.architecture, job.optimizer, job.seed)
         self.memory = layout.memory(len(job.optimizer.slots), training=True)
@@ -221,6 +222,7 @@ class StepTrainer(Trainer):
         first_step: int,
         record: Array,
         layers: Array,
+        parts: Array,
         vectors: tuple[Array, ...],
         n_loaded: int,
         n_stored: int,
@@ -234,6 +236,7 @@ class StepTrainer(Trainer):
             n_members,
             record,
             layers,
+            parts,
             self.groups,
             batches,
             starts,

@@ -53,6 +53,7 @@ def dense_forward(plan, layer, index, memory, n_rows, at, first_row, step):
             n_rows,
             layer.n_out,
             first_row,
+            layer.first_column,
             layer.dropout,
             plan.seed,
             index,

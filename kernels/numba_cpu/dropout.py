@@ -39,18 +39,19 @@ def keep_factors(
     n_rows: Any,
     n_columns: Any,
     first_row: Any,
+    first_column: Any,
     rate: Any,
     seed: Any,
     layer: Any,
     step: Any,
 ) -> None:
-    """1 / (1 − rate) where a neuron is kept, 0 where it is not, for the rows from `first_row` of the mini-batch on.
+    """1 / (1 − rate) where a neuron is kept, 0 where it is not, for the mini-batch from this row and column on.
 
     factors : (n_rows, n_columns) in panels of `width` columns, a multiple of 4 where there are several; overwritten,
-    with 0 in the padding. seed : uint64.
+    with 0 in the padding. first_column : a multiple of 4; seed : uint64.
     """
     for p in range((n_columns + width - 1) // width):
-        at, block, columns = start + p * stride, p * (width // 4), n_columns - p * width
+        at, block, columns = start + p * stride, (first_column + p * width) // 4, n_columns - p * width
         if width % 4 == 0:
             panel = factors[at : at + n_rows * width]
             fill_rows(panel, width, columns, block, first_row, rate, seed, layer, step)

@@ -1,8 +1,8 @@
 """What a compiled pass knows of a network and of the memory that it works in: plain records, filled in on the host.
 
-Offsets count elements. `passes` holds what the passes leave of every layer, in panels (see `panels`). With `split_rows`,
-a thread keeps its tile to itself, so `passes` has one tile for each thread; without, `passes` has the whole mini-batch,
-for all threads to read when they compute ∂C/∂W.
+Offsets count elements. `passes` holds what the passes leave of every layer, in panels (see `panels`). With
+`split_rows`, a thread keeps its tile to itself, so `passes` has one tile for each thread; without, it has the whole
+mini-batch, for all threads to read when they compute ∂C/∂W. With `split_columns`, each thread has a copy of a⁰.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PLAN = np.dtype(
         ("n_threads", "i8"),
         ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
+        ("split_columns", "i8"),  # 1: of the first layer, a thread computes its own columns for all rows, see `parts`
         ("stride", "i8"),  # from panel to panel in `passes`
         ("span", "i8"),  # from thread to thread in `passes`; 0 where the threads share it
         ("n_weights", "i8"),  # of the packed parameters: padding counts
@@ -44,6 +45,7 @@ LAYER = np.dtype(
         ("from_z", "i8"),  # 1: σ′ needs z, so z is computed beside a; also in the output layer
         ("pads", "i8"),  # 1: σ(0) is not 0, so the padding of a has to be zeroed
         ("dropout", "f8"),
+        ("first_column", "i8"),  # 0, but where these are a thread's columns of a layer
         ("W", "i8"),  # offsets in the packed parameters
         ("W_stride", "i8"),
         ("b", "i8"),

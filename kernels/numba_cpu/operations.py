@@ -43,7 +43,7 @@ def multiply_by_sigma_derivative(sigma, kept, scale, delta):
 def drop(x, n_columns, rate, seed, layer, step):
     """Dropout on rows of n_columns."""
     factors = np.empty_like(x)
-    keep_factors(factors, 0, x.size, n_columns, x.size // n_columns, n_columns, 0, rate, seed, layer, step)
+    keep_factors(factors, 0, x.size, n_columns, x.size // n_columns, n_columns, 0, 0, rate, seed, layer, step)
     multiply(x, 0, factors, 0, x.size)
 
 

@@ -231,6 +231,7 @@ def draw_factors(network, layer, index, factors, start, row, n_rows):
         n_rows,
         layer.n_out,
         row,
+        0,
         layer.dropout,
         network.seed,
         index,

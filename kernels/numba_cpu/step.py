@@ -3,14 +3,17 @@
 A step has three phases, with a barrier after the first and after the last:
 
 1. passes: each thread takes its rows of the mini-batch, a tile at a time, forward through all layers, through the
-   loss and backward, while the tile is in its cache;
+   loss and backward, while the tile is in its cache. With `split_columns` it first takes all rows through the columns
+   of the first layer whose weights it owns, and waits for the others;
 2. gradients: each thread owns a range of blocks of the packed parameters. With `split_rows` every thread has summed
    ∂C/∂W over its own rows while it had them, and the owner adds the threads' sums, in their order; without, the owner
    computes its blocks of ∂C/∂W over the whole mini-batch;
 3. update: the owner updates its blocks, which are still in its cache, and their transposed copy.
 
 Splitting the rows keeps a large batch of a narrow network in cache; splitting the blocks spares a wide network one
-gradient vector per thread, and their sum. Nothing depends on timing, so a run with as many threads has the same bits.
+gradient vector per thread, and their sum; splitting the columns keeps the first layer's weights, often most of them,
+and a⁰ in the cache of the core that has updated and gathered them. Nothing depends on timing, so a run with as many
+threads has the same bits.
 
 A thread in this sense is a share of the work. Those of the operating system are members: each does a share, or one does
 them all, in turn, where there is too little to do for it to be worth starting another.
@@ -53,6 +56,7 @@ def part_of_train(
     n_members,
     plan,
     layers,
+    parts,
     groups,
     batches,
     starts,
@@ -71,6 +75,7 @@ def part_of_train(
 ):
     """One member's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
 
+    parts : (n_threads,), each thread's columns of the first layer, as a layer; empty without `split_columns`;
     groups : (n_threads, n, 2), the first block and the last + 1 of what each thread updates in one go, in this order;
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
@@ -84,13 +89,18 @@ def part_of_train(
         return
     for s in range(learning_rates.size):
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
+        if here.split_columns:
+            for thread in range(member, here.n_threads, n_members):
+                first_layer(here, parts[thread], batches, memory, first_row, n_rows, dropout_step + s)
+            if not wait(barrier, n_members):
+                return
         for thread in range(member, here.n_threads, n_members):
             losses[thread, s, 0] = passes(thread, here, layers, batches, memory, first_row, n_rows, dropout_step + s)
         if not wait(barrier, n_members):
             return
         if here.clip_norm < math.inf:
             for thread in range(member, here.n_threads, n_members):
-                whole_gradients(thread, here, layers, groups[thread], memory, n_rows, alphas[s])
+                whole_gradients(thread, here, layers, parts, groups[thread], memory, n_rows, alphas[s])
             if not wait(barrier, n_members):
                 return
         for thread in range(member, here.n_threads, n_members):
@@ -98,6 +108,7 @@ def part_of_train(
                 thread,
                 here,
                 layers,
+                parts,
                 groups[thread],
                 memory,
                 settings,
@@ -171,6 +182,13 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
 
 
 @compiled
+def first_layer(plan, part, batches, memory, first_row, n_rows, dropout_step):
+    """a of a thread's columns of the first layer, for all rows of a mini-batch, which it gathers for itself."""
+    gather(batches.x, batches.order, first_row, n_rows, memory.passes, part.a_prev, plan.stride)
+    dense_forward(plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+
+
+@compiled
 def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_step):
     """Forward, loss and backward for this thread's rows of a mini-batch; returns their part of C."""
     panel = panel_width(memory.passes)
@@ -179,7 +197,8 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
     for row in range(low, high, plan.tile_rows):
         rows = min(plan.tile_rows, high - row)
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
-        gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
+        if plan.split_columns == 0:
+            gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
         cost += forward(plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
         backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
@@ -228,7 +247,7 @@ def hidden_layers(plan, layers, memory, n_rows, at, row, dropout_step):
     """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
     passes = memory.passes
     last = plan.n_layers - 1
-    for index in range(last):
+    for index in range(plan.split_columns, last):
         dense_forward(plan, layers[index], index, memory, n_rows, at, row, dropout_step)
     layer = layers[last]
     pre_activation(
@@ -281,20 +300,20 @@ def biases_of(thread, plan):
 
 
 @compiled
-def whole_gradients(thread, plan, layers, groups, memory, n_rows, alpha):
+def whole_gradients(thread, plan, layers, parts, groups, memory, n_rows, alpha):
     """The gradients of the parameters that this thread owns, for clipping by the norm of all: its part into `norms`."""
     first, last = biases_of(thread, plan)
     sum_over_threads(plan, memory, first, last)
     size, norm = block_size(memory), sum_squares(memory.gradients[0], memory.parameters, 0.0, first, last)
     for g in range(groups.shape[0]):
         group, end = groups[g, 0], groups[g, 1]
-        own_gradients(plan, layers, memory, 0, group, end, 0, n_rows)
+        own_gradients(thread, plan, layers, parts, memory, 0, group, end, 0, n_rows)
         norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
     memory.norms[thread, 0] = norm
 
 
 @compiled
-def learn(thread, plan, layers, groups, memory, settings, n_rows, learning_rate, alpha, step):
+def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learning_rate, alpha, step):
     """Gradients, unless `whole_gradients` has made them, and update of the parameters that this thread owns.
 
     They are groups of blocks, and a range of biases. Returns their part of the penalty ½ alpha Σ W², from before the
@@ -312,7 +331,7 @@ def learn(thread, plan, layers, groups, memory, settings, n_rows, learning_rate,
         at_once = not (clips or plan.split_rows)
         row, shift = (thread, group * size) if at_once else (0, 0)
         if not clips:
-            own_gradients(plan, layers, memory, row, group, end, shift, n_rows)
+            own_gradients(thread, plan, layers, parts, memory, row, group, end, shift, n_rows)
         if alpha > 0:
             squares += sum_squares(memory.parameters, memory.parameters, 0.0, group * size, end * size)
         update_range(
@@ -324,7 +343,7 @@ def learn(thread, plan, layers, groups, memory, settings, n_rows, learning_rate,
 
 
 @compiled
-def own_gradients(plan, layers, memory, row, first, last, shift, n_rows):
+def own_gradients(thread, plan, layers, parts, memory, row, first, last, shift, n_rows):
     """The blocks first … last − 1 of ∂C/∂W, over the whole mini-batch, into gradients[row], `shift` entries earlier."""
     size = block_size(memory)
     if plan.split_rows:
@@ -334,7 +353,7 @@ def own_gradients(plan, layers, memory, row, first, last, shift, n_rows):
     for start_row in range(0, n_rows, CHUNK_ROWS):
         rows, is_last = min(CHUNK_ROWS, n_rows - start_row), start_row + CHUNK_ROWS >= n_rows
         for index in range(plan.n_layers):
-            layer = layers[index]
+            layer = parts[thread] if index < plan.split_columns else layers[index]
             start = layer.W // size
             low, high = max(first - start, 0), min(last - start, blocks_in(layer, memory))
             if low < high:
