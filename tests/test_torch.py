@@ -27,8 +27,12 @@ from backprop_gpu.torch import FusedMLP, Sine, from_mlp, from_torch, to_mlp  # n
 FLOAT32 = 1e-5
 """Largest difference from nn.Sequential, relative to the largest entry."""
 
-SHAPES = [((1, 1), 1), ((3, 5, 2), 7), ((30, 64, 64, 2), 200), ((67, 129, 33, 31), 411), ((300, 257, 131, 7), 333)]
-"""Layer sizes and rows: each row's share of gradients in a thread's own memory, and in blocks that threads divide."""
+SHAPES = [
+    *[((1, 1), 1), ((3, 5, 2), 7), ((30, 64, 64, 2), 200), ((67, 129, 33, 31), 411), ((300, 257, 131, 7), 333)],
+    ((300, 288, 131, 7), 101),
+]
+"""Layer sizes and rows: each row's share of gradients in a thread's own memory, and in blocks that threads divide; at
+last, with the first layer's columns divided too."""
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +104,22 @@ def test_any_number_of_threads(sizes, rows, threads, started, on_threads, monkey
     for actual, repeated, expected in zip(first, again, _gradients(plain, X, d_out), strict=True):
         assert _gap(actual, expected) <= 1e-12
         assert torch.equal(actual, repeated)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_dropout_is_the_same_on_any_number_of_threads(activation, on_threads):
+    (sizes, rows), found = SHAPES[-1], []
+    X, d_out = torch.randn(rows, sizes[0]).double(), torch.randn(rows, sizes[-1]).double()
+    for threads in (1, 2, 3):
+        on_threads(threads)
+        torch.manual_seed(0)
+        mlp = FusedMLP(sizes, activation, dropout=0.4, dtype=torch.float64)
+        found.append(_gradients(mlp, X, d_out))
+        (passes,) = mlp._passes.values()
+        splits = {call.arguments[-1][0]["split_columns"].item() for call in passes._passes.free[0].calls.values()}
+        assert splits == {int(threads > 1)}
+    for one, *others in zip(*found, strict=True):
+        assert all(_gap(other, one) <= 1e-12 for other in others)
 
 
 BY_TEAM = """

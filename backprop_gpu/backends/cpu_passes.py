@@ -242,12 +242,13 @@ class Passes:
     def _new_call(
         self, space: Workspace, entry: Any, n_rows: int, n_threads: int, keeps: bool, rates: tuple[float, ...] | None
     ) -> Call:
-        network, layers = self._records(n_rows, n_threads, keeps)
+        network, layers, parts = self._records(n_rows, n_threads, keeps)
         network["n_kept"] = self.n_kept(n_rows) if keeps else space.kept.size
         network["n_deltas"] = space.deltas.size if self.split_rows else self.n_deltas(n_rows)
-        layers["dropout"] = rates or 0
+        layers["dropout"], parts["dropout"] = rates or 0, rates[0] if rates else 0
         addresses = np.zeros((2, len(layers), 2), np.int64)
-        arguments = self.team, n_threads, space.barrier, (network, layers, addresses, space.work, space.barrier)
+        records = (network, layers, parts) if entry is passes.forward else (network, layers)
+        arguments = self.team, n_threads, space.barrier, (*records, addresses, space.work, space.barrier)
         code = entry.specialised(False, *arguments)
         numbers = network.view(np.uint8)[-VARIABLE.size :].data
         return Call(code, n_threads, arguments, numbers, addresses.data)
@@ -261,14 +262,17 @@ class Passes:
         """A team's threads are not there in a forked process, which would wait for them for ever."""
         return bool(self.team[0]) and os.getpid() == self.process
 
-    def _records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[Record, Record]:
-        """The NETWORK record and the LAYER records, as far as sizes decide them."""
+    def _records(self, n_rows: int, n_threads: int, keeps: bool) -> tuple[Record, Record, Record]:
+        """The NETWORK record, the LAYER records and each thread's of the first layer, as far as sizes decide them."""
         kept_rows = self._shared_rows(n_rows) if keeps else self.tile_rows
         delta_rows = self.tile_rows if self.split_rows else self._shared_rows(n_rows)
         layers = self.layers.copy()
         for field in ("a_prev", "a", "z"):
             layers[field] *= kept_rows
         layers["delta"] *= delta_rows
+        split_columns = keeps and self._splits_columns(n_rows, n_threads)
+        n_parts = n_threads if split_columns else 0
+        parts = cpu_plan.parts_of(layers[:1], n_parts, self.panel, kept_rows * self.panel, ("a", "z"))
         rows_each = math.ceil(n_rows / n_threads)
         network = np.zeros(1, passes.NETWORK)
         numbers = {
@@ -277,6 +281,7 @@ class Passes:
             "n_rows": n_rows,
             "tile_rows": int(round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)),
             "split_rows": int(self.split_rows),
+            "split_columns": int(split_columns),
             "kept_stride": kept_rows * self.panel,
             "kept_span": 0 if keeps else self._span(self.kept_columns),
             "delta_stride": delta_rows * self.panel,
@@ -286,7 +291,17 @@ class Passes:
         }
         for name, number in numbers.items():
             network[name] = number
-        return network, layers
+        return network, layers, parts
+
+    def _splits_columns(self, n_rows: int, n_threads: int) -> bool:
+        """Of the first layer, so that each thread packs the weights that it needs: where `cpu_plan.Plan` does."""
+        few, wide = n_rows <= cpu_plan.COLUMNS_ROWS, len(self.layers) > 1 and not self.split_rows
+        return (
+            few
+            and wide
+            and n_threads > 1
+            and cpu_plan.shares_evenly(self.network.layer_sizes[1], self.dtype, n_threads)
+        )
 
     def _n_threads(self, n_rows: int) -> int:
         """As many as there is work for; who else has a say is asked only where it is for more than one."""

@@ -157,8 +157,27 @@ def _threads_by_columns(architecture: Architecture, batch_size: int, dtype: str,
         parameters = architecture.n_parameters * np.dtype(dtype).itemsize // 4
         work = batch_size * products_of_a_row(architecture, dtype) + PRODUCTS_PER_UPDATE * parameters
         most = max(by_rows, min(threads, work // PRODUCTS_PER_STEP))
-    panels = math.ceil(n_out / width(dtype))
-    return max(t for t in range(1, most + 1) if math.ceil(panels / t) * t <= EVEN * panels)
+    return max(t for t in range(1, most + 1) if shares_evenly(n_out, dtype, t))
+
+
+def shares_evenly(n_columns: int, dtype: Any, n_threads: int) -> bool:
+    """Whether each of n_threads gets about as many columns, in whole panels."""
+    panels = math.ceil(n_columns / width(dtype))
+    return bool(math.ceil(panels / n_threads) * n_threads <= EVEN * panels)
+
+
+def parts_of(layer: Record, n_threads: int, panel: int, rows_stride: int, names: Sequence[str]) -> Record:
+    """(n_threads,): each thread's columns of a layer, as a layer; from panel to panel of `names` it is rows_stride."""
+    parts = np.repeat(layer, n_threads)
+    panels = math.ceil(int(layer["n_out"][0]) / panel)
+    for t, part in enumerate(parts):
+        first, last = t * panels // n_threads, (t + 1) * panels // n_threads
+        part["first_column"] = first * panel
+        part["n_out"] = min(part["n_out"], last * panel) - first * panel
+        part["W"], part["b"] = part["W"] + first * part["W_stride"], part["b"] + first * panel
+        for name in names:
+            part[name] += first * rows_stride
+    return parts
 
 
 def products_of_a_row(architecture: Architecture, dtype: str) -> int:
@@ -262,17 +281,9 @@ class Layout:
 
     def _parts_of_first(self) -> Record:
         """(n_threads,): each thread's columns of the first layer, as a layer; empty where these are not split."""
-        n_threads = self.plan.n_threads
-        parts = np.repeat(self.layers[:1], n_threads if self.plan.split_columns else 0)
-        panels = self._columns(self.layers[0]["n_out"]) // self.panel
-        for t, part in enumerate(parts):
-            first, last = t * panels // n_threads, (t + 1) * panels // n_threads
-            part["first_column"] = first * self.panel
-            part["n_out"] = min(part["n_out"], last * self.panel) - first * self.panel
-            part["W"], part["b"] = part["W"] + first * part["W_stride"], part["b"] + first * self.panel
-            part["a_prev"] = t * self._input_span()
-            for name in ("a", "delta", "z", "factors"):
-                part[name] += first * self.stride
+        n_parts = self.plan.n_threads if self.plan.split_columns else 0
+        parts = parts_of(self.layers[:1], n_parts, self.panel, self.stride, ("a", "delta", "z", "factors"))
+        parts["a_prev"] = self._input_span() * np.arange(n_parts)
         return parts
 
     def _owned(self) -> list[list[tuple[int, int]]]:

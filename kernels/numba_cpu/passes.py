@@ -9,6 +9,7 @@ backward product δ Wᵀ wants just that in panels, which is a copy by runs; the
 
 Each thread takes its rows, a tile at a time, through all layers. With `split_rows` it sums ∂C/∂W over its own rows
 while it has them, and the threads' sums are added in their order; without, it computes its own blocks over all rows.
+With `split_columns` it first takes all rows through the columns of the first layer whose weights it has packed.
 Nothing depends on timing, so the same number of threads gives the same bits.
 """
 
@@ -52,6 +53,7 @@ NETWORK = np.dtype(
         ("n_rows", "i8"),
         ("tile_rows", "i8"),
         ("split_rows", "i8"),
+        ("split_columns", "i8"),  # 0 or 1, see `parts`
         ("kept_stride", "i8"),  # from panel to panel of what the forward pass keeps
         ("kept_span", "i8"),  # from thread to thread of it; 0 where it holds all rows
         ("delta_stride", "i8"),  # likewise of δ
@@ -81,6 +83,7 @@ LAYER = np.dtype(
         ("from_z", "i8"),  # 1: σ′ needs z, which is kept beside a
         ("pads", "i8"),  # 1: σ(0) is not 0, so the padding of a has to be zeroed
         ("dropout", "f8"),
+        ("first_column", "i8"),  # 0, but where these are a thread's columns of a layer
         ("W", "i8"),  # offsets in `packed`
         ("W_stride", "i8"),
         ("b", "i8"),
@@ -146,22 +149,30 @@ def forward(by_team, team, n_threads, barrier, arguments):
 
 
 @compiled
-def part_of_forward(thread, network, layers, addresses, work, barrier):
-    """One thread's rows of the output, and of what the backward pass needs."""
+def part_of_forward(thread, network, layers, parts, addresses, work, barrier):
+    """One thread's rows of the output, and of what the backward pass needs.
+
+    parts : (n_threads,), each thread's columns of the first layer, as a layer; empty without `split_columns`.
+    """
     here, work = network[0], borrowed(work)
     for index in range(here.n_layers):
         pack_layer(thread, here.n_threads, layers[index], addresses[PARAMETERS, index], work.packed)
-    if not wait(barrier, here.n_threads):
-        return
     kept, panel = vector(here.kept, here.n_kept, work.packed), panel_width(work.packed)
     X = rows(here.X, here.n_rows, layers[0].n_in, work.packed)
+    if here.split_columns:
+        first_layer(thread, here, parts[thread], work, kept, X)
+    if not wait(barrier, here.n_threads):
+        return
     low, high = rows_of(thread, here.n_threads, here.n_rows)
     for row in range(low, high, here.tile_rows):
         n_rows = min(here.tile_rows, high - row)
         at = thread * here.kept_span if here.kept_span else row * panel
-        gather_run(X, row, n_rows, kept, layers[0].a_prev + at, here.kept_stride)
-        for index in range(here.n_layers - 1):
-            layer_forward(thread, here, layers[index], index, work, kept, at, row, computed(n_rows))
+        if here.split_columns == 0:
+            gather_run(X, row, n_rows, kept, layers[0].a_prev + at, here.kept_stride)
+        for index in range(here.split_columns, here.n_layers - 1):
+            layer = layers[index]
+            a_prev, stride = layer.a_prev + at, here.kept_stride
+            layer_forward(thread, here, layer, index, work, kept, a_prev, stride, kept, at, row, computed(n_rows))
         output_forward(thread, here, layers[here.n_layers - 1], work, kept, at, row, n_rows)
 
 
@@ -170,9 +181,18 @@ def pack_layer(thread, n_threads, layer, addresses, packed):
     """One thread's panels of W, and the bias, from their addresses."""
     W, bias = vector(addresses[WEIGHT], layer.n_out * layer.n_in, packed), addresses[BIAS]
     pack_transposed(thread, n_threads, W, layer.n_out, layer.n_in, packed, layer.W, layer.W_stride)
-    if thread == 0 and bias:
-        b = vector(bias, layer.n_out, packed)
-        packed[layer.b : layer.b + layer.n_out] = b
+    if bias:
+        panel, b = panel_width(packed), vector(bias, layer.n_out, packed)
+        first, last = panels_of(thread, n_threads, layer.n_out, panel)
+        for j in range(first * panel, min(last * panel, layer.n_out)):
+            packed[layer.b + j] = b[j]
+
+
+@compiled
+def panels_of(thread, n_threads, n_columns, panel):
+    """The first panel of a thread's columns, and the last + 1."""
+    n_panels = (n_columns + panel - 1) // panel
+    return thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads
 
 
 @compiled
@@ -180,7 +200,8 @@ def pack_transposed(thread, n_threads, flat, n_rows, n_columns, packed, start, s
     """One thread's panels of the transpose of a row-major matrix, (n_columns, n_rows); padding is left as it is."""
     panel = panel_width(packed)
     whole_rows, whole_columns = n_rows // BLOCK_ROWS * BLOCK_ROWS, n_columns // BLOCK_ROWS * BLOCK_ROWS
-    for p in range(thread, (n_rows + panel - 1) // panel, n_threads):
+    low, high = panels_of(thread, n_threads, n_rows, panel)
+    for p in range(low, high):
         first, to = p * panel, start + p * stride
         last = min(first + panel, whole_rows)
         for line in range(0, whole_columns, LINE):
@@ -202,11 +223,27 @@ def copy_transposed(flat, n_columns, first_row, last_row, first_column, last_col
 
 
 @compiled
-def layer_forward(thread, network, layer, index, work, kept, at, row, n_rows):
-    """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks."""
+def first_layer(thread, network, part, work, kept, X):
+    """a of a thread's columns of the first layer for all rows of X: its own are kept, the others' only looked at."""
+    stride = network.kept_stride
+    for owner in range(network.n_threads):
+        low, high = rows_of(owner, network.n_threads, network.n_rows)
+        for row in range(low, high, network.tile_rows):
+            n_rows = min(network.tile_rows, high - row)
+            x, start, x_stride = kept, part.a_prev + row * panel_width(kept), stride
+            if owner != thread:
+                x, start, x_stride = work.tiles, thread * network.tile_span, network.tile_stride
+            gather_run(X, row, n_rows, x, start, x_stride)
+            at = row * panel_width(kept)
+            layer_forward(thread, network, part, 0, work, x, start, x_stride, kept, at, row, computed(n_rows))
+
+
+@compiled
+def layer_forward(thread, network, layer, index, work, a_prev, a_prev_start, a_prev_stride, kept, at, row, n_rows):
+    """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks; a_prev may be the thread's tile."""
     stride, count, panel = network.kept_stride, n_rows * panel_width(kept), panel_width(kept)
     z = (layer.z if layer.from_z else layer.a) + at
-    pre_activation(layer, work.packed, kept, layer.a_prev + at, stride, kept, z, stride, n_rows)
+    pre_activation(layer, work.packed, a_prev, a_prev_start, a_prev_stride, kept, z, stride, n_rows)
     factors = thread * network.tile_span
     if layer.dropout > 0:
         draw_factors(network, layer, index, work.tiles, factors, row, n_rows)
@@ -231,7 +268,7 @@ def draw_factors(network, layer, index, factors, start, row, n_rows):
         n_rows,
         layer.n_out,
         row,
-        0,
+        layer.first_column,
         layer.dropout,
         network.seed,
         index,
@@ -250,7 +287,8 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
         pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks)
         unpack(0, 1, tiles, tile, stride, n_rows, layer.n_out, out, to)
     else:
-        layer_forward(thread, network, layer, network.n_layers - 1, work, kept, at, row, computed(n_rows))
+        a_prev, stride, index = layer.a_prev + at, network.kept_stride, network.n_layers - 1
+        layer_forward(thread, network, layer, index, work, kept, a_prev, stride, kept, at, row, computed(n_rows))
         unpack(0, 1, kept, layer.a + at, network.kept_stride, n_rows, layer.n_out, out, to)
 
 
