@@ -33,11 +33,12 @@ Record = npt.NDArray[Any]
 FLOPS_PER_THREAD = 8e6
 """Work for which a further thread is started: 50 to 100 µs of it, where one takes 36 to start and to end."""
 
-FLOPS_PER_MEMBER = 4e6
-"""Work for which a further thread of a team is asked: 40 µs of it.
+FLOPS_PER_MEMBER = 1.2e6
+"""Work for which a further thread of a team is asked: 10 µs of it.
 
-It takes 2.4 µs to reach them, but each then reads what the others have written out of their caches: with 2.5e6 in all,
-forward and backward under autograd take 215 µs on one thread and 211 on two (Zen 4).
+It takes 2.4 µs to reach them, but each then reads what the others have written out of their caches. With 2.5e6 in all,
+network S, forward and backward under autograd take 270 µs on one thread and 250 on two of a Xeon, 215 and 211 of a
+Zen 4.
 """
 
 VARIABLE = struct.Struct("Q7q")
