@@ -577,6 +577,11 @@ def sum_squares(gradients, parameters, alpha, start, stop):
     return updates.sum_squares(gradients, parameters, alpha, start, stop)
 
 
+@executable
+def sum_squares_of_run(x, start, stop):
+    return updates.sum_squares_of_run(x, start, stop)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 3), (1, 300), (0, 1000)])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_sum_squares(dtype, tolerance, start, stop, alpha):
@@ -584,6 +589,13 @@ def test_sum_squares(dtype, tolerance, start, stop, alpha):
     g[:start] = w[stop:] = np.nan
     exact = math.fsum(np.square(g[start:stop].astype(float) + alpha * w[start:stop].astype(float)))
     assert abs(sum_squares(g, w, alpha, start, stop) - exact) <= tolerance * exact
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8192])
+def test_sum_squares_of_a_run_loses_no_more_than_its_vectors_do(dtype, n):
+    x = np.random.default_rng(0).standard_normal(n + 5).astype(dtype)
+    exact = float((x[3 : n + 3].astype(np.longdouble) ** 2).sum())
+    assert abs(sum_squares_of_run(x, 3, n + 3) - exact) <= 16 * np.finfo(dtype).eps * exact
 
 
 def test_sum_squares_holds_beyond_float32_and_shows_nan():

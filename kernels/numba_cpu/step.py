@@ -33,7 +33,7 @@ from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.team import run, wait
-from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, update
+from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, sum_squares_of_run, update
 
 __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
 
@@ -333,7 +333,7 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
         if not clips:
             own_gradients(thread, plan, layers, parts, memory, row, group, end, shift, n_rows)
         if alpha > 0:
-            squares += sum_squares(memory.parameters, memory.parameters, 0.0, group * size, end * size)
+            squares += sum_squares_of_run(memory.parameters, group * size, end * size)
         update_range(
             plan, memory, settings, row, group * size, end * size, shift, learning_rate, alpha, scale, step, False
         )

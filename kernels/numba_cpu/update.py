@@ -18,7 +18,7 @@ from backprop_gpu.kernels.numba_cpu.elementary import called, constant, inlined
 from backprop_gpu.kernels.numba_cpu.output_delta import summing
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
-__all__ = ["CODES", "SUM", "add", "settings", "sum_squares", "update"]
+__all__ = ["CODES", "SUM", "add", "settings", "sum_squares", "sum_squares_of_run", "update"]
 
 CODES: dict[type[Optimizer], int] = {SGD: 0, Adam: 1, AdamW: 1, RMSprop: 2}
 """The code of every optimizer; Adam is AdamW without decay."""
@@ -209,6 +209,16 @@ def sum_squares(gradients: Any, parameters: Any, alpha: Any, start: Any, stop: A
         x = np.float64(total_gradient(g[i], w[i], alpha, one))
         total += x * x
     return total
+
+
+@summing
+def sum_squares_of_run(x: Any, start: Any, stop: Any) -> Any:
+    """Σ x² over some thousands of entries, in the dtype of x: a third of the time that float64 takes for float32."""
+    run = x[start:stop]
+    total = x.dtype.type(0)
+    for i in range(run.size):
+        total += run[i] * run[i]
+    return np.float64(total)
 
 
 @compiled
