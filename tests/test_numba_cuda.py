@@ -214,6 +214,42 @@ def test_rows_on_the_device_stay_there(monkeypatch):
 
 
 @runs
+def test_a_stream_keeps_its_launches_and_leaves_the_callers_rows_alone(monkeypatch):
+    built, sequence = [], step._Passes.sequence
+    monkeypatch.setattr(step._Passes, "sequence", lambda passes, *rest: built.append(passes) or sequence(passes, *rest))
+    X, y = draw(64)
+    net, expected = (network("numba-cuda", dropout=0.5, alpha=1e-3) for _ in range(2))
+    on_device, trainers = arrays.asarray(X[:16]), []
+    for rows, first, w in (
+        (X[:16], 0, None),
+        (X[16:32], 16, None),
+        (X[32:48], 32, 1.0 + y[32:48]),
+        (on_device, 0, None),
+        (X[48:], 48, None),
+        (X[16:32], 16, None),
+    ):
+        labels = y[first : first + 16]
+        built.clear()
+        loss = net.partial_fit(rows, labels, sample_weight=w)
+        trainers.append(len(built))
+        assert loss == expected.partial_fit(rows, labels, sample_weight=w)
+        expected.stream.trainer = None
+        assert np.array_equal(on_host(net), on_host(expected))
+    assert trainers == [1, 0, 0, 1, 1, 0]
+    assert np.array_equal(arrays.to_host(on_device), X[:16])
+
+
+@runs
+def test_a_stream_whose_mini_batches_grow():
+    X, y = draw(32)
+    nets = [network("numba-cuda") for _ in range(2)]
+    for n in (10, 32, 5):
+        assert len({net.partial_fit(X[:n], y[:n], batch_size=32) for net in nets}) == 1
+        nets[1].stream.trainer = None
+    assert np.array_equal(*map(on_host, nets))
+
+
+@runs
 def test_an_array_of_the_host_is_refused():
     ops = bp.get_backend("numba-cuda")
     with pytest.raises(TypeError, match=r"device arrays; got ndarray \(ops.asarray"):

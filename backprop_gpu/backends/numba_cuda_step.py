@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,16 +45,29 @@ class StepTrainer(Trainer):
     """Trains a job in whole steps."""
 
     def __init__(self, job: TrainingJob) -> None:
-        self.job = job
+        self.job, self.target = job, _target_of(job)
         self.stream = arrays.stream_of(job.parameters, *job.state.values())
         self.steps_per_read = FIRST_READ
-        self.target = np.ascontiguousarray(job.target.reshape(len(job.target), -1))
         X = job.rows.array
         fits = 2 * self._bytes(len(job.rows)) <= arrays.free_bytes()
-        self.resident = X is not None and (fits or arrays.is_on_device(X))
+        self.resident = X is not None and (arrays.is_on_device(X) or (fits and not job.in_stream))
         self.data = (arrays.asarray(X), arrays.asarray(self.target)) if self.resident else None
         self.passes = _Passes(job, self.stream)
         self.uploads: _Uploads | None = None
+
+    def rest(self) -> bool:
+        """See `Trainer.rest`."""
+        self.job = self.job.without_rows()
+        self.target = _target_of(self.job)
+        return not self.resident
+
+    def take_over(self, job: TrainingJob) -> bool:
+        """See `Trainer.take_over`: launches stay, as the rows are copied to where the last ones were."""
+        target, on_device = _target_of(job), job.rows.array is not None and arrays.is_on_device(job.rows.array)
+        if on_device or target.shape[1:] != self.target.shape[1:] or not job.goes_on_from(self.job):
+            return False
+        self.job, self.target = job, target
+        return True
 
     def run(
         self,
@@ -76,7 +89,7 @@ class StepTrainer(Trainer):
             if first == 0:
                 steps = slice(done, done + uploads.n_steps)
                 rows = slice(steps.start * size, steps.stop * size)
-                uploads.write(order[rows], share[rows], numbers[steps])
+                uploads.write(self._rows(order[rows]), share[rows], numbers[steps])
             n = min(self.steps_per_read, uploads.n_steps - first, n_steps - done)
             n_rows = min(n * size, len(order) - done * size)
             costs, penalties = self._steps(uploads, first, n_rows, self.job.steps_before + first_step + done)
@@ -86,6 +99,12 @@ class StepTrainer(Trainer):
             if not (np.isfinite(weighted[-n:]).all() and after_step(n_rows)):
                 break
         return math.fsum(weighted) if np.isfinite(weighted).all() else math.nan
+
+    def _rows(self, order: npt.NDArray[np.int64]) -> Rows:
+        """The rows of the next steps, and where they are."""
+        if self.resident:
+            return Rows(None, None, order)
+        return Rows(self.job.rows.take(order), self.target[order], np.arange(len(order)))
 
     def _numbers_of_step(self, learning_rates: Any, alphas: Any, first_step: int) -> npt.NDArray[np.float64]:
         numbered = enumerate(zip(learning_rates, alphas, strict=True), start=first_step + 1)
@@ -102,7 +121,7 @@ class StepTrainer(Trainer):
             n_steps = min(n_steps, max(1, BYTES_PER_UPLOAD // self._bytes(self.job.batch_size)))
             n_rows = min(n_rows, n_steps * self.job.batch_size)
         if self.uploads is None or self.uploads.is_for != (n_rows, n_steps, penalised):
-            self.uploads = _Uploads(self.job, self.target, self.data, n_rows, n_steps, penalised, self.stream)
+            self.uploads = _Uploads(self.job, self.target.shape[1], self.data, n_rows, n_steps, penalised, self.stream)
             self.sequences: dict[int, list[Launch]] = {}
         return self.uploads
 
@@ -128,25 +147,38 @@ class StepTrainer(Trainer):
         return self.sequences[n_rows]
 
 
+def _target_of(job: TrainingJob) -> npt.NDArray[Any]:
+    """(n_rows, 1 or n_outputs)."""
+    return np.ascontiguousarray(job.target.reshape(len(job.target), job.target.shape[1] if job.target.ndim > 1 else 1))
+
+
+class Rows(NamedTuple):
+    """Rows for some steps: their numbers, and they themselves where the data is not on the device."""
+
+    X: Any
+    target: Any
+    order: Any
+
+
 class _Uploads:
     """What the steps of a run read from the host, and the losses that they leave for it."""
 
     def __init__(
         self,
         job: TrainingJob,
-        target: npt.NDArray[Any],
+        n_targets: int,
         data: tuple[Array, Array] | None,
         n_rows: int,
         n_steps: int,
         penalised: bool,
         stream: Any,
     ) -> None:
-        self.job, self.host_target, self.resident, self.stream = job, target, data is not None, stream
+        self.stream = stream
         self.is_for = (n_rows, n_steps, penalised)
         self.n_steps = n_steps
         self.X, self.target = data or (
             arrays.empty((n_rows, job.rows.shape[1]), job.parameters.dtype, stream),
-            arrays.empty((n_rows, target.shape[1]), target.dtype, stream),
+            arrays.empty((n_rows, n_targets), job.target.dtype, stream),
         )
         self.order = arrays.empty((n_rows,), "int64", stream)
         self.share = arrays.empty((n_rows,), "float64", stream)
@@ -157,14 +189,12 @@ class _Uploads:
         n_blocks = reductions.shape(job.architecture.n_weights)[0]
         self.penalties = arrays.empty((n_steps, n_blocks), "float64", stream) if penalised else None
 
-    def write(self, order: Any, share: Any, numbers: Any) -> None:
-        """The next steps, and their rows where the data is not on the device."""
-        if not self.resident:
-            self._write(self.X, self.job.rows.take(order))
-            self._write(self.target, self.host_target[order])
-            order = np.arange(len(order))
-        for array, values in ((self.order, order), (self.share, share), (self.numbers, numbers)):
-            self._write(array, values)
+    def write(self, rows: Rows, share: Any, numbers: Any) -> None:
+        """The next steps."""
+        wanted = zip((self.X, self.target, self.order, self.share, self.numbers), (*rows, share, numbers), strict=True)
+        for array, values in wanted:
+            if values is not None:
+                self._write(array, values)
 
     def _write(self, array: Array, values: Any) -> None:
         array[: len(values)].copy_to_device(np.ascontiguousarray(values), stream=self.stream)
@@ -188,7 +218,7 @@ class _Passes:
     """The buffers of a step, for the largest mini-batch, and the launches that fill them."""
 
     def __init__(self, job: TrainingJob, stream: Any) -> None:
-        self.job, self.stream, arch = job, stream, job.architecture
+        self.job, self.stream, arch = job.without_rows(), stream, job.architecture
         n, dtype = min(job.batch_size, len(job.rows)), job.parameters.dtype
 
         def buffer(width: int) -> Array:
@@ -201,8 +231,7 @@ class _Passes:
             for width, activation in zip(arch.layer_sizes[1:], arch.activations, strict=False)
         ]
         self.delta = [buffer(width) for width in arch.layer_sizes[1:]]
-        target_shape = (n, 1 if job.target.ndim == 1 else job.target.shape[1])
-        self.target = arrays.empty(target_shape, job.target.dtype, stream)
+        self.target = arrays.empty((n, _target_of(job).shape[1]), job.target.dtype, stream)
         most_parts = max(division.n for division in self._divisions(n))
         self.parts = arrays.empty((most_parts, arch.n_parameters), dtype, stream)
         self.slots = [job.state[slot] for slot in job.optimizer.slots]
