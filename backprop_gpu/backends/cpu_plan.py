@@ -77,6 +77,12 @@ Then a few rows occupy two cores, whose parameters stay with them. One of the sa
 PRODUCTS_PER_UPDATE = 50
 """Multiply-adds in float32 in the time of one parameter's update: 0.6 ns, at 95 in a ns, on a Xeon."""
 
+COLUMNS_PER_THREAD = 64
+"""With fewer, more than two threads would mostly gather: an element of X takes as long as 25 multiply-adds, on a Xeon.
+
+Two gain all the same, see above; more are not measured.
+"""
+
 EVEN = 1.1
 """Of these columns, how many more one thread may have than the mean of all."""
 
@@ -146,9 +152,10 @@ def for_training(architecture: Architecture, batch_size: int, dtype: str, thread
 
 
 def _threads_by_columns(architecture: Architecture, batch_size: int, dtype: str, threads: int, by_rows: int) -> int:
-    """The most threads that share the first layer's columns evenly: for a large mini-batch 1, else at least `by_rows`.
+    """The most threads that share the first layer's columns evenly; 1 for a large mini-batch.
 
-    Where most weights are the first layer's, as many take part as have enough to do, of which the update is a part.
+    No more than `by_rows`, unless most weights are the first layer's: then as many as have enough to do, of which the
+    update is a part.
     """
     if architecture.n_layers == 1 or batch_size > COLUMNS_ROWS:
         return 1
@@ -157,6 +164,7 @@ def _threads_by_columns(architecture: Architecture, batch_size: int, dtype: str,
         parameters = architecture.n_parameters * np.dtype(dtype).itemsize // 4
         work = batch_size * products_of_a_row(architecture, dtype) + PRODUCTS_PER_UPDATE * parameters
         most = max(by_rows, min(threads, work // PRODUCTS_PER_STEP))
+    most = min(most, max(2, n_out // COLUMNS_PER_THREAD))
     return max(t for t in range(1, most + 1) if shares_evenly(n_out, dtype, t))
 
 
