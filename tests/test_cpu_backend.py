@@ -107,6 +107,18 @@ def test_one_member_makes_the_bits_of_as_many_as_there_are_threads(split, clip_n
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@every_split
+def test_the_gradient_of_all_rows_knows_no_dropout(split, monkeypatch):
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: cpu_plan.Plan(3, 2 * panels.BLOCK_ROWS, **split))
+    X, y = draw(331)
+    net = network("cpu", activation=["gelu", "sigmoid", "relu"], dropout=0.3)
+    trainer, _ = trainer_of(net, X, y, 83, bp.SGD())
+    gradients = np.empty_like(net.parameters)
+    expected = network("numpy", activation=["gelu", "sigmoid", "relu"]).backprop(X, y)
+    assert trainer.gradient(gradients, 0.0) == pytest.approx(expected.loss, rel=RTOL["float64"])
+    assert_same(gradients, expected.gradients, "float64")
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 8, 9, 31])
 @pytest.mark.parametrize("threads", ["1", "3", "16"])
 def test_mini_batches_smaller_than_a_tile_or_than_the_threads(n_rows, threads, monkeypatch):
