@@ -296,13 +296,9 @@ class Passes:
 
     def _splits_columns(self, n_rows: int, n_threads: int) -> bool:
         """Of the first layer, so that each thread packs the weights that it needs: where `cpu_plan.Plan` does."""
-        few, wide = n_rows <= cpu_plan.COLUMNS_ROWS, len(self.layers) > 1 and not self.split_rows
-        return (
-            few
-            and wide
-            and n_threads > 1
-            and cpu_plan.shares_evenly(self.network.layer_sizes[1], self.dtype, n_threads)
-        )
+        if n_threads == 1 or n_rows > cpu_plan.COLUMNS_ROWS or len(self.layers) == 1 or self.split_rows:
+            return False
+        return cpu_plan.shares_columns(self.network.layer_sizes[1], self.dtype, n_threads)
 
     def _n_threads(self, n_rows: int) -> int:
         """As many as there is work for; who else has a say is asked only where it is for more than one."""

@@ -164,14 +164,14 @@ def _threads_by_columns(architecture: Architecture, batch_size: int, dtype: str,
         parameters = architecture.n_parameters * np.dtype(dtype).itemsize // 4
         work = batch_size * products_of_a_row(architecture, dtype) + PRODUCTS_PER_UPDATE * parameters
         most = max(by_rows, min(threads, work // PRODUCTS_PER_STEP))
-    most = min(most, max(2, n_out // COLUMNS_PER_THREAD))
-    return max(t for t in range(1, most + 1) if shares_evenly(n_out, dtype, t))
+    return max(t for t in range(1, most + 1) if shares_columns(n_out, dtype, t))
 
 
-def shares_evenly(n_columns: int, dtype: Any, n_threads: int) -> bool:
-    """Whether each of n_threads gets about as many columns, in whole panels."""
+def shares_columns(n_columns: int, dtype: Any, n_threads: int) -> bool:
+    """Whether each of n_threads gets enough columns, and about as many as the others, in whole panels."""
     panels = math.ceil(n_columns / width(dtype))
-    return bool(math.ceil(panels / n_threads) * n_threads <= EVEN * panels)
+    enough = n_threads <= max(2, n_columns // COLUMNS_PER_THREAD)
+    return bool(enough and math.ceil(panels / n_threads) * n_threads <= EVEN * panels)
 
 
 def parts_of(layer: Record, n_threads: int, panel: int, rows_stride: int, names: Sequence[str]) -> Record:
