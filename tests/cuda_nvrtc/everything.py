@@ -8,7 +8,7 @@ all can be done in pieces of some `--minutes`. The order is drawn, the same each
 
 An array in local memory is an error; a few bytes are spilled where the assembler prefers that to one block less at
 once. Of what has been compiled, one variant in sixty spills, 20 bytes at most, but dense_backward with dropout in the
-64 x 64 tile of float32: with some activations 44 to 72 on 9.0 and 10.0.
+64 x 64 tile of float32: with some activations 44 to 72 from 8.0 on.
 """
 
 from __future__ import annotations
