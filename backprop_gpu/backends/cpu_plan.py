@@ -176,7 +176,7 @@ def shares_columns(n_columns: int, dtype: Any, n_threads: int) -> bool:
 
 def parts_of(layer: Record, n_threads: int, panel: int, rows_stride: int, names: Sequence[str]) -> Record:
     """(n_threads,): each thread's columns of a layer, as a layer; from panel to panel of `names` it is rows_stride."""
-    parts = np.repeat(layer, n_threads)
+    parts = np.repeat(layer, n_threads)  # by the same rule as `panels_of`
     panels = math.ceil(int(layer["n_out"][0]) / panel)
     for t, part in enumerate(parts):
         first, last = t * panels // n_threads, (t + 1) * panels // n_threads

@@ -8,7 +8,7 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import copy_vectors, prefetch_panel
 from backprop_gpu.kernels.numba_cpu.panels import VECTORS, panel_width
 
-__all__ = ["gather", "gather_run", "pack", "unpack"]
+__all__ = ["gather", "gather_run", "pack", "panels_of", "unpack"]
 
 
 AHEAD = 512
@@ -58,15 +58,22 @@ def gather_row(x, here, later, n_columns, tile, start, stride):
 
 
 @compiled
+def panels_of(thread, n_threads, n_columns, panel):
+    """The first panel of a thread's columns, and the last + 1."""
+    n_panels = (n_columns + panel - 1) // panel
+    return thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads
+
+
+@compiled
 def pack(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, stride):
     """One thread's panels of a row-major matrix; padding is left as it is.
 
     Row by row: panel by panel, the rows of 1024 columns are whole pages apart, and take 1.3 times as long.
     """
     panel = panel_width(packed)
-    n_panels = (n_columns + panel - 1) // panel
+    low, high = panels_of(thread, n_threads, n_columns, panel)
     for r in range(n_rows):
-        for p in range(thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads):
+        for p in range(low, high):
             column = p * panel
             count = min(panel, n_columns - column)
             copy(flat, flat_start + r * n_columns + column, packed, start + p * stride + r * panel, count)
@@ -76,9 +83,9 @@ def pack(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, 
 def unpack(thread, n_threads, packed, start, stride, n_rows, n_columns, flat, flat_start):
     """The inverse of `pack`."""
     panel = panel_width(packed)
-    n_panels = (n_columns + panel - 1) // panel
+    low, high = panels_of(thread, n_threads, n_columns, panel)
     for r in range(n_rows):
-        for p in range(thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads):
+        for p in range(low, high):
             column = p * panel
             count = min(panel, n_columns - column)
             copy(packed, start + p * stride + r * panel, flat, flat_start + r * n_columns + column, count)

@@ -26,7 +26,7 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
 from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
-from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, unpack
+from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, panels_of, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
@@ -186,13 +186,6 @@ def pack_layer(thread, n_threads, layer, addresses, packed):
         first, last = panels_of(thread, n_threads, layer.n_out, panel)
         for j in range(first * panel, min(last * panel, layer.n_out)):
             packed[layer.b + j] = b[j]
-
-
-@compiled
-def panels_of(thread, n_threads, n_columns, panel):
-    """The first panel of a thread's columns, and the last + 1."""
-    n_panels = (n_columns + panel - 1) // panel
-    return thread * n_panels // n_threads, (thread + 1) * n_panels // n_threads
 
 
 @compiled
