@@ -601,8 +601,10 @@ def test_sum_squares_of_a_run_loses_no_more_than_its_vectors_do(dtype, n):
 def test_sum_squares_holds_beyond_float32_and_shows_nan():
     g = np.full(100, 1e30, np.float32)
     assert sum_squares(g, g, 0.0, 0, 100) == pytest.approx(1e62, rel=1e-6)
+    assert sum_squares_of_run(g, 0, 100) == pytest.approx(1e62, rel=1e-6)
     g[63] = np.nan
     assert math.isnan(sum_squares(g, g, 0.0, 0, 100))
+    assert math.isnan(sum_squares_of_run(g, 0, 100))
 
 
 def test_sum_squares_without_a_penalty_leaves_the_parameters_out():
