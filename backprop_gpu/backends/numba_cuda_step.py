@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,7 @@ class StepTrainer(Trainer):
             if first == 0:
                 steps = slice(done, done + uploads.n_steps)
                 rows = slice(steps.start * size, steps.stop * size)
-                uploads.write(self._rows(order[rows]), share[rows], numbers[steps])
+                uploads.write(*self._rows(order[rows]), share[rows], numbers[steps])
             n = min(self.steps_per_read, uploads.n_steps - first, n_steps - done)
             n_rows = min(n * size, len(order) - done * size)
             costs, penalties = self._steps(uploads, first, n_rows, self.job.steps_before + first_step + done)
@@ -100,11 +100,11 @@ class StepTrainer(Trainer):
                 break
         return math.fsum(weighted) if np.isfinite(weighted).all() else math.nan
 
-    def _rows(self, order: npt.NDArray[np.int64]) -> Rows:
-        """The rows of the next steps, and where they are."""
+    def _rows(self, order: npt.NDArray[np.int64]) -> tuple[Any, Any, Any]:
+        """X and target of the next steps, None where the data is on the device, and the rows' numbers there."""
         if self.resident:
-            return Rows(None, None, order)
-        return Rows(self.job.rows.take(order), self.target[order], np.arange(len(order)))
+            return None, None, order
+        return self.job.rows.take(order), self.target[order], np.arange(len(order))
 
     def _numbers_of_step(self, learning_rates: Any, alphas: Any, first_step: int) -> npt.NDArray[np.float64]:
         numbered = enumerate(zip(learning_rates, alphas, strict=True), start=first_step + 1)
@@ -152,14 +152,6 @@ def _target_of(job: TrainingJob) -> npt.NDArray[Any]:
     return np.ascontiguousarray(job.target.reshape(len(job.target), job.target.shape[1] if job.target.ndim > 1 else 1))
 
 
-class Rows(NamedTuple):
-    """Rows for some steps: their numbers, and they themselves where the data is not on the device."""
-
-    X: Any
-    target: Any
-    order: Any
-
-
 class _Uploads:
     """What the steps of a run read from the host, and the losses that they leave for it."""
 
@@ -189,12 +181,11 @@ class _Uploads:
         n_blocks = reductions.shape(job.architecture.n_weights)[0]
         self.penalties = arrays.empty((n_steps, n_blocks), "float64", stream) if penalised else None
 
-    def write(self, rows: Rows, share: Any, numbers: Any) -> None:
-        """The next steps."""
-        wanted = zip((self.X, self.target, self.order, self.share, self.numbers), (*rows, share, numbers), strict=True)
-        for array, values in wanted:
-            if values is not None:
-                self._write(array, values)
+    def write(self, *values: Any) -> None:
+        """X, target, order, share and numbers of the next steps; None leaves what is there."""
+        for array, some in zip((self.X, self.target, self.order, self.share, self.numbers), values, strict=True):
+            if some is not None:
+                self._write(array, some)
 
     def _write(self, array: Array, values: Any) -> None:
         array[: len(values)].copy_to_device(np.ascontiguousarray(values), stream=self.stream)
