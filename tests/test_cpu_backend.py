@@ -155,18 +155,59 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
         assert plan.tile_rows % panels.BLOCK_ROWS == 0
 
 
-@pytest.mark.parametrize("split_rows", [True, False])
+def blocks_of(layout):
+    """The blocks that each thread owns, in the order of their update."""
+    return [[block for first, last, _ in groups for block in range(first, last)] for groups in layout.groups()]
+
+
+def block_size(layout):
+    return panels.BLOCK_ROWS * layout.panel
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("sizes", [[1, 2], [30, 64, 64, 2], [784, 256, 128, 10], [1009, 521, 257, 3]])
-def test_groups_are_the_run_of_blocks_that_a_thread_owns(sizes, n_threads, split_rows):
+def test_a_thread_that_sums_over_rows_owns_a_run_of_blocks(sizes, n_threads):
     architecture = network("numpy", sizes=sizes).architecture
-    layout = cpu_plan.Layout(architecture, cpu_plan.Plan(n_threads, panels.BLOCK_ROWS, split_rows), 64, "float32")
-    blocks = [[block for group in groups for block in range(*group)] for groups in layout.groups()]
-    n_blocks = layout.n_weights // (panels.BLOCK_ROWS * layout.panel)
-    assert [sorted(owned) for owned in blocks] == [
-        list(range(t * n_blocks // n_threads, (t + 1) * n_blocks // n_threads)) for t in range(n_threads)
-    ]
-    assert np.diff(layout.groups(), axis=2).max() <= cpu_plan.GROUP
+    layout = cpu_plan.Layout(architecture, cpu_plan.Plan(n_threads, panels.BLOCK_ROWS, True), 64, "float32")
+    n_blocks = layout.n_weights // block_size(layout)
+    for t, owned in enumerate(blocks_of(layout)):
+        assert owned == list(range(owned[0], owned[0] + len(owned))) if owned else n_blocks < n_threads
+        assert abs(len(owned) - n_blocks / n_threads) <= max(1, n_blocks / 8 / n_threads), t
+    assert sorted(itertools.chain(*blocks_of(layout))) == list(range(n_blocks))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_rows", [1, 64, 1000, 5000])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(
+    "sizes", [[1, 2], [30, 64, 64, 2], [784, 256, 128, 10], [1009, 521, 257, 3], [8, 2048, 8], [5, 3, 2048]]
+)
+def test_groups_are_all_blocks_evenly(sizes, n_threads, n_rows, dtype):
+    architecture = network("numpy", sizes=sizes).architecture
+    layout = cpu_plan.Layout(architecture, cpu_plan.Plan(n_threads, panels.BLOCK_ROWS, False), n_rows, dtype)
+    n_blocks = layout.n_weights // block_size(layout)
+    assert sorted(itertools.chain(*blocks_of(layout))) == list(range(n_blocks))
+    most = max(map(len, blocks_of(layout)))
+    assert most <= (1 + 1 / cpu_plan.BLOCKS_PER_THREAD) * n_blocks / n_threads + len(layout.layers) * n_threads**0.5
+    for group in layout.groups().reshape(-1, 3):
+        assert group[1] - group[0] <= cpu_plan.GROUP
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_group_tells_whether_it_is_the_same_rows_of_w_as_the_one_before(columns):
+    architecture = network("numpy", sizes=[784, 256, 128, 10]).architecture
+    layout = cpu_plan.Layout(architecture, cpu_plan.Plan(2, panels.BLOCK_ROWS, False, columns), 128, "float32")
+    ranges = [layout._blocks_of(layer) for layer in layout.layers]
+    in_panel = layout.layers["W_stride"] // block_size(layout)
+    for groups in layout.groups():
+        before = (-1, 0, 0, 0)
+        for first, last, fresh in groups[groups[:, 1] > groups[:, 0]]:
+            (index,) = (i for i, (low, high) in enumerate(ranges) if low <= first < high)
+            panel, row = divmod(first - ranges[index][0], in_panel[index])
+            here = index, row, last - first, panel
+            assert fresh == (here[:3] != before[:3])
+            assert fresh or panel == before[3] + 1
+            before = here
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
@@ -181,13 +222,13 @@ def test_a_threads_columns_are_a_layer_whose_blocks_it_owns(sizes, n_threads):
     for name, stride in {"W": first["W_stride"], "b": layout.panel, "a": layout.stride, "delta": layout.stride}.items():
         assert list(parts[name] - first[name]) == list(parts["first_column"] // layout.panel * stride)
     assert len(set(parts["a_prev"])) == n_threads
-    blocks = [[block for group in groups for block in range(*group)] for groups in layout.groups()]
+    blocks = blocks_of(layout)
     assert sorted(block for owned in blocks for block in owned) == list(range(layout.n_weights // size))
     for part, owned in zip(parts, blocks, strict=True):
         of_first = [block for block in owned if block * size < layout.layers[1]["W"]]
         columns = -(-part["n_out"] // layout.panel)
         assert set(of_first) == set(range(part["W"] // size, (part["W"] + columns * part["W_stride"]) // size))
-    assert np.diff(layout.groups(), axis=2).max() <= cpu_plan.GROUP
+    assert np.diff(layout.groups()[..., :2], axis=2).max() <= cpu_plan.GROUP
 
 
 @pytest.mark.parametrize(("text", "kib"), [("2048K\n", 2048), ("512K", 512), ("", 512), ("2M\n", 512), (None, 512)])
@@ -467,11 +508,13 @@ def test_a_run_that_is_told_to_stop_has_made_whole_steps():
 
 PRODUCTS = """
 import numpy as np
-from backprop_gpu.kernels.numba_cpu import gemm
+from backprop_gpu.kernels.numba_cpu import amx, gemm
 from backprop_gpu.kernels.numba_cpu.compile import executable
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
+from backprop_gpu.kernels.numba_cpu.thirds import entries
 
-gemm_nn, gemm_tn_block = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn_block.py_func)
+gemm_nn, gemm_tn = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn.py_func)
+begin, end = executable(amx.begin.py_func), executable(amx.end.py_func)
 
 def in_panels(x, n_rows):
     w = width(x.dtype)
@@ -489,23 +532,27 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
     assert w % BLOCK_ROWS == 0 and w % 4 == 0
     shapes = [(1, 1, 1), (BLOCK_ROWS - 1, 5, 3), (BLOCK_ROWS + 1, w - 1, w + 1), (31, 2 * w + 3, 2 * w), (13, w, 7)]
     shapes += [(7, 5, w + m) for m in range(1, w)]  # each number of vectors in the last panel, whole or not
+    shapes += [(103, 160, 257), (161, 129, 300)]  # enough for a unit of its own, where there is one
     for n, k, m in shapes:
         A, B, D = (rng.standard_normal(shape).astype(dtype) for shape in ((n, k), (k, m), (n, m)))
-        bias = np.zeros(round_up(m, w), dtype)
+        zeros, bias = np.zeros(w, dtype), np.zeros(round_up(m, w), dtype)
         bias[:m] = rng.standard_normal(m)
         rows = round_up(n, BLOCK_ROWS)
         a, b, d = in_panels(A, rows), in_panels(B, k), in_panels(D, rows)
         c = np.full(rows * round_up(m, w), np.nan, dtype)
-        gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w)
+        scratch = np.full(max(entries(n, k), entries(k, n)), np.nan, dtype)
+        begin(a)
+        gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w, scratch)
         expected = A.astype(float) @ B + bias[:m]
         assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
         k_rows = round_up(k, BLOCK_ROWS)
         g = np.full(k_rows * round_up(m, w), np.nan, dtype)
         for p in range(round_up(m, w) // w):
-            for i in range(0, k_rows, BLOCK_ROWS):
-                for accumulate in (False, True):
-                    at = i // w * rows * w + i % w
-                    gemm_tn_block(a, at, d, p * rows * w, g, p * k_rows * w + i * w, n, m - p * w, accumulate)
+            for accumulate in (False, True):
+                c_start = p * k_rows * w
+                operands = a, 0, rows * w, 0, k_rows, d, 0, rows * w, p, g, c_start, n, m
+                gemm_tn(*operands, accumulate, scratch, True, zeros, g, 0)
+        end(a)
         expected = 2 * (A.astype(float).T @ D)
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
 print(VECTOR_BYTES)
@@ -569,7 +616,7 @@ def test_a_product_asks_for_the_weights_that_it_needs_next():
     product, n = compiling.executable(gemm.gemm_nn.py_func), 2 * panels.width("float32")
     a, c, zeros = np.ones(n * n, np.float32), np.empty(n * n, np.float32), np.zeros(n, np.float32)
     stride = n * n // 2
-    product(a, 0, stride, a, 0, stride, c, 0, stride, n, n, n, zeros, 0, 0)
+    product(a, 0, stride, a, 0, stride, c, 0, stride, n, n, n, zeros, 0, 0, np.empty(0, np.float32))
     assert (c == n).all()
     (code,) = product.inspect_llvm().values()
     assert "call void @llvm.prefetch" in code

@@ -207,7 +207,7 @@ def start(tmp_path, chosen):
     folder = copy / "kernels" / "numba_cpu"
     folder.mkdir(parents=True)
     shutil.copy(KERNELS / "__init__.py", copy / "kernels")
-    for name in ("__init__.py", "compile.py", "team.py"):
+    for name in ("__init__.py", "compile.py", "processor.py", "team.py"):
         shutil.copy(KERNELS / "numba_cpu" / name, folder)
     (folder / "entry.py").write_text(ENTRY)
     (folder / "called.py").write_text(CALLED)

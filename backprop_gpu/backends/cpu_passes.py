@@ -126,7 +126,8 @@ class Passes:
         return packed, transposed
 
     def _place_gradients(self) -> int:
-        end = self.n_transposed if self.split_rows else GROUP * BLOCK_ROWS * self.panel
+        panels = max(self.columns) // self.panel if cpu_plan.by_thirds(self.dtype) else 1
+        end = self.n_transposed if self.split_rows else panels * GROUP * BLOCK_ROWS * self.panel
         for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
             layer["db"], end = end, end + n_out
         return int(end)
@@ -168,11 +169,13 @@ class Passes:
     def _workspace(self) -> Workspace:
         line = cpu_plan.ALIGNMENT // self.dtype.itemsize
         n_gradients = int(round_up(self.n_gradients, line)) + line
+        n_scratch = int(round_up(self._n_scratch(), line)) + line
         sizes = [
             self.n_packed,
             self.n_transposed,
             self.n_threads * n_gradients,
             self.n_threads * self._span(max(self.columns)),
+            self.n_threads * n_scratch,
             self.panel,
             self.n_threads * self._span(self.kept_columns),
             self.n_threads * self._span(self.delta_columns) * self.split_rows,
@@ -180,11 +183,19 @@ class Passes:
         spans = [int(round_up(size, line)) + line for size in sizes]
         whole = cpu_plan.zeros(sum(spans) * self.dtype.itemsize).view(self.dtype)
         starts = np.cumsum([0, *spans])
-        packed, transposed, gradients, tiles, zeros, kept, deltas = (
+        packed, transposed, gradients, tiles, scratch, zeros, kept, deltas = (
             whole[start : start + size] for start, size in zip(starts, sizes, strict=False)
         )
-        work = passes.Work(packed, transposed, gradients.reshape(self.n_threads, n_gradients), tiles, zeros)
+        gradients, scratch = (x.reshape(self.n_threads, -1) for x in (gradients, scratch))
+        work = passes.Work(packed, transposed, gradients, tiles, scratch, zeros)
         return Workspace(work, kept, deltas, (kept.ctypes.data, deltas.ctypes.data), new_barrier(), {})
+
+    def _n_scratch(self) -> int:
+        """Entries that a thread's products need besides: of all rows of a tile, and of a group of blocks of ∂C/∂W."""
+        sizes, chunk, columns = self.network.layer_sizes, cpu_plan.chunk_rows(self.dtype), GROUP * BLOCK_ROWS
+        if self.split_rows:
+            chunk, columns = self.tile_rows, max(self.columns)
+        return cpu_plan.n_scratch(self.dtype, cpu_plan.products_of(sizes, self.tile_rows, chunk, columns))
 
     def _span(self, columns: int) -> int:
         """From one thread's tile of so many columns to the next: not a multiple of a page."""
@@ -282,6 +293,8 @@ class Passes:
             "n_rows": n_rows,
             "tile_rows": int(round_up(math.ceil(rows_each / math.ceil(rows_each / self.tile_rows)), BLOCK_ROWS)),
             "split_rows": int(self.split_rows),
+            "chunk_rows": cpu_plan.chunk_rows(self.dtype),
+            "together": int(cpu_plan.together(self.dtype, n_rows)),
             "split_columns": int(split_columns),
             "kept_stride": kept_rows * self.panel,
             "kept_span": 0 if keeps else self._span(self.kept_columns),

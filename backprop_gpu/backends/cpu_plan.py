@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,11 +16,13 @@ import numpy.typing as npt
 
 from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends.numpy import FORWARD
-from backprop_gpu.kernels.numba_cpu import activations, output_delta
+from backprop_gpu.kernels.numba_cpu import activations, amx, output_delta, thirds
 from backprop_gpu.kernels.numba_cpu import update as updates
 from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
+from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM
 from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
+from backprop_gpu.kernels.numba_cpu.processor import HAS_AMX
 from backprop_gpu.optimizers import Optimizer
 
 __all__ = ["Layout", "Plan", "for_inference", "for_training"]
@@ -83,6 +84,9 @@ COLUMNS_PER_THREAD = 64
 Two gain all the same, see above; more are not measured.
 """
 
+BLOCKS_PER_THREAD = 8
+"""Of a panel of W, from which on threads share its rows: one of them has an eighth more than its share at most."""
+
 EVEN = 1.1
 """Of these columns, how many more one thread may have than the mean of all."""
 
@@ -113,6 +117,49 @@ One thread of a Zen 4 beside two that share a cache, in ms a step: 1662-885-529-
 1024-1024-1024-10 with 15, 4.0 and 3.0; 512-512-512-10 with 4, 0.63 and 0.55. Two that share none have to fetch each
 other's parameters: 3.5 and 3.7; 4.6 and 5.8; 0.71 and 1.7.
 """
+
+
+CHUNK_ROWS, CHUNK_ROWS_OF_THIRDS = ROWS_OF_SUM, 1024
+"""Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""
+
+ROWS_OF_TWO = 2 * thirds.ROWS // BLOCK_ROWS
+"""Blocks of two tiles of the left factor."""
+
+LEFT_BYTES = 1 << 20
+"""What a group's columns of a_prev may take in thirds."""
+
+
+def by_thirds(dtype: Any) -> bool:
+    """Whether products of `dtype` may be computed by thirds, see `amx`."""
+    return HAS_AMX and np.dtype(dtype) == np.float32
+
+
+def chunk_rows(dtype: Any) -> int:
+    """Rows over which a block of ∂C/∂W is summed in one go."""
+    return CHUNK_ROWS_OF_THIRDS if by_thirds(dtype) else CHUNK_ROWS
+
+
+def together(dtype: Any, n_rows: int) -> bool:
+    """Whether ∂C/∂W over n_rows is made chunk by chunk, through all panels, see `step.own_gradients`."""
+    return by_thirds(dtype) and n_rows > chunk_rows(dtype)
+
+
+def n_scratch(dtype: Any, products: Iterable[tuple[int, int, int]]) -> int:
+    """Entries that a thread needs for any of these products, (n_rows, depth, n_columns), or smaller ones."""
+    if not by_thirds(dtype):
+        return 0
+    split = ((rows, depth) for rows, depth, columns in products if amx.gain(rows, columns) >= amx.LEAST_GAIN)
+    return max((thirds.entries(rows, depth) for rows, depth in split), default=0)
+
+
+def products_of(layer_sizes: Sequence[int], rows: int, chunk: int, columns: int) -> Iterable[tuple[int, int, int]]:
+    """(n_rows, depth, n_columns) of a tile's products, forward and backward, and of ∂C/∂W and its transpose.
+
+    The latter two of so many columns of a_prev, or of δ, over a chunk of rows.
+    """
+    for n_in, n_out in pairwise(layer_sizes):
+        yield from ((rows, n_in, n_out), (rows, n_out, n_in))
+        yield from ((min(columns, n_in + BLOCK_ROWS), chunk, n_out), (min(columns, n_out + BLOCK_ROWS), chunk, n_in))
 
 
 @dataclass(frozen=True)
@@ -226,7 +273,7 @@ class Layout:
     """Where everything lies for one plan: the records that the compiled step reads, and its memory."""
 
     def __init__(self, architecture: Architecture, plan: Plan, batch_size: int, dtype: str) -> None:
-        self.plan, self.dtype = plan, np.dtype(dtype)
+        self.plan, self.batch_size, self.dtype = plan, batch_size, np.dtype(dtype)
         self.panel = width(dtype)
         self._block_size = BLOCK_ROWS * self.panel
         self.layers = np.zeros(architecture.n_layers, LAYER)
@@ -294,47 +341,88 @@ class Layout:
         parts["a_prev"] = self._input_span() * np.arange(n_parts)
         return parts
 
-    def _owned(self) -> list[list[tuple[int, int]]]:
-        """For each thread, the runs of blocks that it owns: of its columns of the first layer, and an even share."""
-        n_threads, blocks = self.plan.n_threads, self.n_weights // self._block_size
-        of_first = [[self._blocks_of(part)] for part in self.parts] or [[]] * n_threads
-        start = self._blocks_of(self.layers[0])[1] if len(self.parts) else 0
-        shares = pairwise(start + t * (blocks - start) // n_threads for t in range(n_threads + 1))
-        return [[*first, share] for first, share in zip(of_first, shares, strict=True)]
-
     def _blocks_of(self, layer: Any) -> tuple[int, int]:
         """The first block of a layer's W, and the last + 1."""
         end = layer["W"] + self._columns(layer["n_out"]) // self.panel * layer["W_stride"]
         return int(layer["W"]) // self._block_size, int(end) // self._block_size
 
     def groups(self) -> npt.NDArray[np.int64]:
-        """(n_threads, n, 2): for each thread the blocks that it updates in one go, first and last + 1, in their order.
+        """(n_threads, n, 3): for each thread the blocks that it updates in one go, first and last + 1, in their order;
+        and 0 where they are the same rows of W as those of the group before, a panel on, else 1.
 
-        A thread owns a run of blocks. Where it computes their gradients from the whole mini-batch, what lies at the
-        same place in each panel comes together, so that these columns of a_prev stay in its cache meanwhile: network L
-        takes 16.8 in place of 17.7 ms a step on two cores of a Xeon, and M the same.
+        Where a thread computes their gradients from the whole mini-batch, what lies at the same place in each panel
+        comes together, so that these columns of a_prev stay in its cache meanwhile: network L takes 16.8 in place of
+        17.7 ms a step on two cores of a Xeon, and M the same.
         """
-        runs = self._runs(self.n_weights // self._block_size)
-        groups = [
-            [(max(a, first), min(b, last)) for first, last in owned for a, b in runs if a < last and b > first]
-            for owned in self._owned()
-        ]
-        table = np.zeros((len(groups), max(map(len, groups)), 2), np.int64)
+        groups = [self._groups_of(thread) for thread in range(self.plan.n_threads)]
+        table = np.zeros((len(groups), max(map(len, groups)), 3), np.int64)
         for row, of_thread in zip(table, groups, strict=True):
-            row[: len(of_thread)] = np.reshape(of_thread, (-1, 2))
+            row[: len(of_thread)] = np.reshape(of_thread, (-1, 3))
         return table
 
-    def _runs(self, blocks: int) -> list[tuple[int, int]]:
-        """All blocks in runs of up to `GROUP`, in the order of their update."""
+    def _groups_of(self, thread: int) -> list[tuple[int, int, bool]]:
         if self.plan.split_rows:
-            return [(start, min(start + GROUP, blocks)) for start in range(0, blocks, GROUP)]
-        runs = []
-        for layer in self.layers:
-            start, in_panel = layer["W"] // self._block_size, int(layer["W_stride"]) // self._block_size
-            n_panels, n_runs = self._columns(layer["n_out"]) // self.panel, math.ceil(in_panel / GROUP)
-            for i, panel in itertools.product(range(n_runs), range(start, start + n_panels * in_panel, in_panel)):
-                runs.append((panel + i * in_panel // n_runs, panel + (i + 1) * in_panel // n_runs))
-        return runs
+            return [(*run, True) for run in self._runs(*self._share(self.n_weights // self._block_size, thread))]
+        groups, before = [], (-1, 0, 0)
+        for index in range(len(self.layers)):
+            for start, low, high in self._owned(index, thread):
+                groups.append((start + low, start + high, (index, low, high) != before))
+                before = index, low, high
+        return groups
+
+    def _owned(self, index: int, thread: int) -> list[tuple[int, int, int]]:
+        """The first block of a panel of a layer's W, and a run of the panel's blocks: all of them that a thread owns.
+
+        They are the thread's columns of the first layer with `split_columns`; else an even share of W's rows, so that
+        it needs its own columns of a_prev, and all of δ, which is narrower as a rule; else, of a W that is too low for
+        that, an even share of the blocks in their order.
+        """
+        layer, by_columns = self.layers[index], index < self.plan.split_columns
+        in_panel = int(layer["W_stride"]) // self._block_size
+        first, last = self._blocks_of(self.parts[thread] if by_columns else layer)
+        panels = range(first, last, in_panel)
+        if by_columns or in_panel >= BLOCKS_PER_THREAD * self.plan.n_threads:
+            rows = (0, in_panel) if by_columns else self._share(in_panel, thread)
+            return [(start, *run) for run in self._runs(*rows) for start in panels]
+        low, high = (first + share for share in self._share(last - first, thread))
+        return [
+            (start, *run) for start in panels for run in self._runs(max(low - start, 0), min(high - start, in_panel))
+        ]
+
+    def _share(self, blocks: int, thread: int) -> tuple[int, int]:
+        """A thread's of so many blocks, the first and the last + 1; whole units where there are enough of them."""
+        n_threads = self.plan.n_threads
+        unit = self._unit if blocks >= BLOCKS_PER_THREAD * n_threads * self._unit else 1
+        low, high = (min(blocks, round_up(t * blocks // n_threads, unit)) for t in (thread, thread + 1))
+        return low, high
+
+    def _runs(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The blocks from `low` to `high` in runs of one size, up to that of a group."""
+        if low >= high:
+            return []
+        size = round_up(math.ceil((high - low) / math.ceil((high - low) / self._group())), self._unit)
+        return [(start, min(start + size, high)) for start in range(low, high, size)]
+
+    @property
+    def _unit(self) -> int:
+        """Blocks that are best left together."""
+        return ROWS_OF_TWO if by_thirds(self.dtype) else 1
+
+    def _group(self) -> int:
+        """Blocks that are updated in one go."""
+        if not by_thirds(self.dtype):
+            return GROUP
+        columns = LEFT_BYTES // (6 * min(max(1, self.batch_size), chunk_rows(self.dtype)))
+        return int(max(self._unit, min(GROUP, columns // BLOCK_ROWS // self._unit * self._unit)))
+
+    def _n_scratch(self) -> int:
+        """Entries that a thread's products need besides."""
+        rows = self.batch_size if self.plan.split_columns else self.plan.tile_rows
+        chunk, columns = min(self.batch_size, chunk_rows(self.dtype)), self._group() * BLOCK_ROWS
+        if self.plan.split_rows:
+            chunk, columns = min(self.batch_size, self.plan.tile_rows), int(self.layers["n_in"].max()) + BLOCK_ROWS
+        sizes = [int(n) for n in (self.layers["n_in"][0], *self.layers["n_out"])]
+        return n_scratch(self.dtype, products_of(sizes, rows, chunk, columns))
 
     def record(
         self,
@@ -348,6 +436,8 @@ class Layout:
         record["n_layers"], record["n_threads"] = len(self.layers), plan.n_threads
         record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
         record["split_columns"] = plan.split_columns
+        record["chunk_rows"] = chunk_rows(self.dtype)
+        record["together"] = together(self.dtype, self.batch_size)
         record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
         record["n_weights"], record["n_parameters"] = self.n_weights, self.n_parameters
         record["loss"] = output_delta.CODES[architecture.loss.name]
@@ -363,6 +453,7 @@ class Layout:
         """Everything that a pass writes, zeroed; what only training needs is empty without it."""
         threads, plan = self.plan.n_threads, self.plan
         n_gradients = self._span(self.n_parameters) if training else 0
+        n_scratch = self._span(self._n_scratch())
         sizes = {
             "parameters": self.n_parameters,
             "transposed": self.n_transposed * training,
@@ -370,6 +461,7 @@ class Layout:
             "slot_2": self.n_parameters * (n_slots > 1),
             "gradients": threads * n_gradients,
             "passes": self._span(self.n_passes) * (threads if plan.split_rows else 1),
+            "scratch": threads * n_scratch,
             "zeros": self.panel,
         }
         spans = [self._span(n) for n in sizes.values()]
@@ -377,6 +469,7 @@ class Layout:
         starts = np.cumsum([0, *spans])
         arrays = {name: whole[start : start + n] for (name, n), start in zip(sizes.items(), starts, strict=False)}
         arrays["gradients"] = arrays["gradients"].reshape(threads, n_gradients)
+        arrays["scratch"] = arrays["scratch"].reshape(threads, n_scratch)
         return Memory(**arrays, norms=np.full((threads, 8), np.nan))
 
     def _span(self, n: int) -> int:

@@ -45,6 +45,7 @@ from numba.extending import is_jitted
 
 import backprop_gpu
 from backprop_gpu import activations, losses, optimizers
+from backprop_gpu.kernels.numba_cpu.processor import HAS_AMX
 from backprop_gpu.storage import user_cache
 
 __all__ = ["INNER", "EntryPoint", "compiled", "entry_point", "executable", "named_apart", "outline"]
@@ -389,7 +390,7 @@ def _settings() -> str:
     """Everything else: versions, the CPU, and the configuration that changes what Numba compiles."""
     versions = (backprop_gpu.__version__, numba.__version__, llvmlite.__version__, np.__version__, sys.version)
     configuration = [str(getattr(numba.config, name, None)) for name in CONFIGURATION]
-    return repr((versions, llvmlite.binding.get_process_triple(), _cpu(), configuration))
+    return repr((versions, llvmlite.binding.get_process_triple(), _cpu(), HAS_AMX, configuration))
 
 
 def _cpu() -> tuple[str, str]:

@@ -12,7 +12,7 @@ __all__ = ["dense_backward"]
 
 
 @compiled
-def dense_backward(plan, layer, next_layer, memory, n_rows, at):
+def dense_backward(thread, plan, layer, next_layer, memory, n_rows, at):
     """δ of `layer`, from δ of `next_layer`, for the tile at `at` in `passes`."""
     passes, delta = memory.passes, layer.delta + at
     panel = panel_width(passes)
@@ -32,6 +32,7 @@ def dense_backward(plan, layer, next_layer, memory, n_rows, at):
         memory.zeros,
         0,
         0,
+        memory.scratch[thread],
     )
     count = n_rows * panel
     for p in range((layer.n_out + panel - 1) // panel):

@@ -12,7 +12,7 @@ __all__ = ["dense_forward", "pre_activation"]
 
 
 @compiled
-def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_start, z_stride, n_rows):
+def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_start, z_stride, n_rows, scratch):
     """z = a_prev W + b."""
     gemm_nn(
         a_prev,
@@ -30,11 +30,12 @@ def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_
         parameters,
         layer.b,
         panel_width(parameters),
+        scratch,
     )
 
 
 @compiled
-def dense_forward(plan, layer, index, memory, n_rows, at, first_row, step):
+def dense_forward(thread, plan, layer, index, memory, n_rows, at, first_row, step):
     """a = σ(a_prev W + b) for the tile at `at` in `passes`.
 
     n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
@@ -43,7 +44,8 @@ def dense_forward(plan, layer, index, memory, n_rows, at, first_row, step):
     a, a_prev, factors = layer.a + at, layer.a_prev + at, layer.factors + at
     z = (layer.z if layer.from_z else layer.a) + at
     drops = layer.dropout > 0 and step >= 0
-    pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, z, plan.stride, n_rows)
+    scratch = memory.scratch[thread]
+    pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, z, plan.stride, n_rows, scratch)
     if drops:
         keep_factors(
             passes,

@@ -19,13 +19,24 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from backprop_gpu.kernels.numba_cpu.amx import by_thirds, in_tiles, multiply
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
+from backprop_gpu.kernels.numba_cpu.thirds import (
+    BLOCK,
+    LEFT_STEP,
+    RIGHT_STEP,
+    ROWS,
+    split_columns,
+    split_panel,
+    split_rows,
+    steps_in,
+)
 
 __all__ = [
     "copy_vectors",
     "gemm_nn",
-    "gemm_tn_block",
+    "gemm_tn",
     "prefetch_panel",
     "prefetch_panel_to_write",
     "sum_rows",
@@ -34,6 +45,9 @@ __all__ = [
 
 UNROLL = 4
 """Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
+
+ROWS_OF_SUM = 256
+"""Rows over which a block of Aᵀ B is summed in one go: a longer float32 sum costs digits."""
 
 CACHE_LINE = 64
 
@@ -378,13 +392,35 @@ def gemm_nn(
     bias,
     bias_start,
     bias_step,
+    scratch,
 ):
     """C = A B + bias, overwriting C: n_rows rounded up to HALF_BLOCK_ROWS are read and written.
 
     a : (n_rows, depth); b : (depth, n_columns); c : (n_rows, n_columns), all in panels; bias : n_columns entries,
-    `bias_step` from one panel's to the next (0: the same entries for each).
+    `bias_step` from one panel's to the next (0: the same entries for each); scratch : as many as `thirds.entries` says.
     """
     panel = panel_width(a)
+    if by_thirds(a, n_rows, depth, n_columns):
+        done = in_tiles(n_rows)
+        _gemm_nn_by_thirds(
+            a,
+            a_start,
+            a_stride,
+            b,
+            b_start,
+            b_stride,
+            c,
+            c_start,
+            c_stride,
+            done,
+            depth,
+            n_columns,
+            bias,
+            bias_start,
+            bias_step,
+            scratch,
+        )
+        a_start, c_start, n_rows = a_start + done * panel, c_start + done * panel, n_rows - done
     whole = (n_rows + HALF_BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     step = b_stride // BLOCKS_AHEAD
     for p in range((n_columns + panel - 1) // panel):
@@ -401,10 +437,176 @@ def gemm_nn(
 
 
 @compiled
-def gemm_tn_block(a, a_start, b, b_start, c, c_start, depth, n_columns, accumulate):
-    """One block of C = Aᵀ B: BLOCK_ROWS columns of A, from a_start on, by one panel of B with n_columns in use.
+def _gemm_nn_by_thirds(
+    a,
+    a_start,
+    a_stride,
+    b,
+    b_start,
+    b_stride,
+    c,
+    c_start,
+    c_stride,
+    n_rows,
+    depth,
+    n_columns,
+    bias,
+    bias_start,
+    bias_step,
+    scratch,
+):
+    """See `gemm_nn`; just n_rows are read and written."""
+    panel, steps = panel_width(a), steps_in(depth)
+    right, other = BLOCK, BLOCK + steps * RIGHT_STEP
+    left = other + steps * RIGHT_STEP
+    split_rows(a, a_start, a_stride, n_rows, depth, scratch, left)
+    split_panel(b, b_start, depth, 0, scratch, right)
+    n_panels = (n_columns + panel - 1) // panel
+    for p in range(n_panels):
+        following, pair = b_start + (p + 1) * b_stride, 0 if p < n_panels - 1 else ROWS
+        for row in range(0, n_rows, 2 * ROWS):
+            pair = multiply(
+                scratch,
+                left + row // ROWS * steps * LEFT_STEP,
+                steps,
+                right,
+                min(2 * ROWS, n_rows - row),
+                c,
+                c_start + p * c_stride + row * panel,
+                bias,
+                bias_start + p * bias_step,
+                False,
+                b,
+                following,
+                depth,
+                other,
+                pair,
+            )
+        if p < n_panels - 1:
+            split_panel(b, following, depth, pair, scratch, other)
+        right, other = other, right
 
-    Overwrites the block at c_start, its padding with 0, or adds to it. Sums over `depth` rows in one go: keep that to
-    a tile.
+
+@compiled
+def gemm_tn(
+    a,
+    a_start,
+    a_stride,
+    first,
+    last,
+    b,
+    b_start,
+    b_stride,
+    p,
+    c,
+    c_start,
+    depth,
+    n_columns,
+    accumulate,
+    scratch,
+    fresh,
+    zeros,
+    w,
+    w_start,
+):
+    """Panel p of C = AᵀB, for the columns first … last − 1 of A, whole blocks: C's rows, from c_start on.
+
+    Overwrites them, their padding with 0, or adds to them. n_columns : of B; scratch : as many entries as
+    `thirds.entries` says; fresh : unless the last call with this scratch was for the panel before, and otherwise alike;
+    w : what is asked for meanwhile, to be written, unless w_start is negative.
     """
-    _block_tn(a, a_start, b, b_start, c, c_start, depth, accumulate, vectors_in_use(a, n_columns))
+    panel, at_b = panel_width(a), b_start + p * b_stride
+    done, n = first, vectors_in_use(a, n_columns - p * panel)
+    if by_thirds(a, last - first, depth, n_columns):
+        done = first + in_tiles(last - first)
+        _gemm_tn_by_thirds(
+            a,
+            a_start,
+            a_stride,
+            first,
+            done,
+            b,
+            b_start,
+            b_stride,
+            p,
+            c,
+            c_start,
+            depth,
+            n_columns,
+            accumulate,
+            scratch,
+            fresh,
+            zeros,
+            w,
+            w_start,
+        )
+    for column in range(done, last, BLOCK_ROWS):
+        at, row = a_start + column // panel * a_stride + column % panel, (column - first) * panel
+        ask_to_write(w, w_start, row, BLOCK_ROWS)
+        for k in range(0, depth, ROWS_OF_SUM):
+            some, here = min(ROWS_OF_SUM, depth - k), k * panel
+            _block_tn(a, at + here, b, at_b + here, c, c_start + row, some, accumulate or k > 0, n)
+
+
+@compiled
+def _gemm_tn_by_thirds(
+    a,
+    a_start,
+    a_stride,
+    first,
+    last,
+    b,
+    b_start,
+    b_stride,
+    p,
+    c,
+    c_start,
+    depth,
+    n_columns,
+    accumulate,
+    scratch,
+    fresh,
+    zeros,
+    w,
+    w_start,
+):
+    """See `gemm_tn`."""
+    panel, steps = panel_width(a), steps_in(depth)
+    left = BLOCK + 2 * steps * RIGHT_STEP
+    right, other = BLOCK + p % 2 * steps * RIGHT_STEP, BLOCK + (p + 1) % 2 * steps * RIGHT_STEP
+    at, following, more = b_start + p * b_stride, b_start + (p + 1) * b_stride, n_columns > (p + 1) * panel
+    if fresh:
+        split_columns(a, a_start, a_stride, first, last, depth, scratch, left)
+        split_panel(b, at, depth, 0, scratch, right)
+    pair = 0 if more else ROWS
+    for column in range(0, last - first, 2 * ROWS):
+        rows = min(2 * ROWS, last - first - column)
+        ask_to_write(w, w_start, column * panel, rows)
+        pair = multiply(
+            scratch,
+            left + column // ROWS * steps * LEFT_STEP,
+            steps,
+            right,
+            rows,
+            c,
+            c_start + column * panel,
+            zeros,
+            0,
+            accumulate,
+            b,
+            following,
+            depth,
+            other,
+            pair,
+        )
+    if more:
+        split_panel(b, following, depth, pair, scratch, other)
+
+
+@compiled
+def ask_to_write(w, w_start, at, n_rows):
+    """For rows of a panel of w; for none where w_start is negative."""
+    if w_start >= 0:
+        panel = panel_width(w)
+        for i in range(w_start + at, w_start + at + n_rows * panel, panel):
+            prefetch_panel_to_write(w, i)

@@ -22,6 +22,8 @@ PLAN = np.dtype(
         ("n_threads", "i8"),
         ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
+        ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
+        ("together", "i8"),  # 1: ∂C/∂W of groups of the same rows of W is made chunk by chunk, see `step.own_gradients`
         ("split_columns", "i8"),  # 1: of the first layer, a thread computes its own columns for all rows, see `parts`
         ("stride", "i8"),  # from panel to panel in `passes`
         ("span", "i8"),  # from thread to thread in `passes`; 0 where the threads share it
@@ -74,6 +76,8 @@ class Memory(NamedTuple):
     gradients: Any
     """(n_threads, n_parameters)."""
     passes: Any
+    scratch: Any
+    """(n_threads, ·): what a thread's products need, see `thirds.entries`."""
     zeros: Any
     """One panel's width of zeros: the bias of a product without one."""
     norms: Any

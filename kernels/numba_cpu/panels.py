@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba.core.registry import cpu_target
 from numba.extending import overload
+
+from backprop_gpu.kernels.numba_cpu.processor import FEATURES, NAME, TRIPLE
 
 __all__ = ["BLOCK_ROWS", "HALF_BLOCK_ROWS", "VECTORS", "VECTOR_BYTES", "panel_width", "round_up", "width"]
 
@@ -53,12 +54,7 @@ def registers_of(cpu_name: str, features: str, triple: str) -> Registers:
     return Registers(16, rows=4, vectors=2)
 
 
-def _target() -> tuple[str, str, str]:
-    triple, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
-    return cpu_name, features, triple
-
-
-_REGISTERS = registers_of(*_target())
+_REGISTERS = registers_of(NAME, FEATURES, TRIPLE)
 VECTOR_BYTES, BLOCK_ROWS, VECTORS = _REGISTERS.vector_bytes, _REGISTERS.rows, _REGISTERS.vectors
 
 HALF_BLOCK_ROWS = BLOCK_ROWS // 2

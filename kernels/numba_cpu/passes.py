@@ -22,15 +22,16 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.activations import CODES, apply, multiply_by_derivative
+from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_forward import pre_activation, zero_padding
 from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gather import gather_run, pack, panels_of, unpack
-from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn_block, sum_rows, transpose_square
+from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn, gemm_tn, sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import borrowed
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
-from backprop_gpu.kernels.numba_cpu.step import CHUNK_ROWS, computed, rows_of
+from backprop_gpu.kernels.numba_cpu.step import computed, rows_of
 from backprop_gpu.kernels.numba_cpu.team import run, run_by_team, wait
 from backprop_gpu.kernels.numba_cpu.update import add
 
@@ -53,6 +54,8 @@ NETWORK = np.dtype(
         ("n_rows", "i8"),
         ("tile_rows", "i8"),
         ("split_rows", "i8"),
+        ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
+        ("together", "i8"),  # 1: chunk by chunk goes through all panels of a group of blocks, see `groups_of_blocks`
         ("split_columns", "i8"),  # 0 or 1, see `parts`
         ("kept_stride", "i8"),  # from panel to panel of what the forward pass keeps
         ("kept_span", "i8"),  # from thread to thread of it; 0 where it holds all rows
@@ -110,6 +113,8 @@ class Work(NamedTuple):
     """(n_threads, ·): ∂C/∂Wᵀ with `split_rows`, else a group of blocks of it; then ∂C/∂b."""
     tiles: Any
     """For each thread, a tile as wide as the widest layer or X."""
+    scratch: Any
+    """(n_threads, ·): what a thread's products need, see `thirds.entries`."""
     zeros: Any
     """One panel's width of zeros: the bias of a product without one."""
 
@@ -155,6 +160,7 @@ def part_of_forward(thread, network, layers, parts, addresses, work, barrier):
     parts : (n_threads,), each thread's columns of the first layer, as a layer; empty without `split_columns`.
     """
     here, work = network[0], borrowed(work)
+    begin(work.packed)
     for index in range(here.n_layers):
         pack_layer(thread, here.n_threads, layers[index], addresses[PARAMETERS, index], work.packed)
     kept, panel = vector(here.kept, here.n_kept, work.packed), panel_width(work.packed)
@@ -174,6 +180,7 @@ def part_of_forward(thread, network, layers, parts, addresses, work, barrier):
             a_prev, stride = layer.a_prev + at, here.kept_stride
             layer_forward(thread, here, layer, index, work, kept, a_prev, stride, kept, at, row, computed(n_rows))
         output_forward(thread, here, layers[here.n_layers - 1], work, kept, at, row, n_rows)
+    end(work.packed)
 
 
 @compiled
@@ -236,7 +243,8 @@ def layer_forward(thread, network, layer, index, work, a_prev, a_prev_start, a_p
     """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks; a_prev may be the thread's tile."""
     stride, count, panel = network.kept_stride, n_rows * panel_width(kept), panel_width(kept)
     z = (layer.z if layer.from_z else layer.a) + at
-    pre_activation(layer, work.packed, a_prev, a_prev_start, a_prev_stride, kept, z, stride, n_rows)
+    scratch = work.scratch[thread]
+    pre_activation(layer, work.packed, a_prev, a_prev_start, a_prev_stride, kept, z, stride, n_rows, scratch)
     factors = thread * network.tile_span
     if layer.dropout > 0:
         draw_factors(network, layer, index, work.tiles, factors, row, n_rows)
@@ -277,7 +285,8 @@ def output_forward(thread, network, layer, work, kept, at, row, n_rows):
     if layer.sigma == IDENTITY:
         tile, tiles, stride = thread * network.tile_span, work.tiles, network.tile_stride
         a_prev, blocks = layer.a_prev + at, computed(n_rows)
-        pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks)
+        scratch = work.scratch[thread]
+        pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks, scratch)
         unpack(0, 1, tiles, tile, stride, n_rows, layer.n_out, out, to)
     else:
         a_prev, stride, index = layer.a_prev + at, network.kept_stride, network.n_layers - 1
@@ -300,6 +309,7 @@ def backward(by_team, team, n_threads, barrier, arguments):
 def part_of_backward(thread, network, layers, addresses, work, barrier):
     """One thread's rows of ∂C/∂X, and its part of every gradient that is wanted; all are overwritten."""
     here, work = network[0], borrowed(work)
+    begin(work.packed)
     for index in range(here.lowest + (here.dX == 0), here.n_layers):
         layer = layers[index]
         W = vector(addresses[PARAMETERS, index, WEIGHT], layer.n_out * layer.n_in, work.packed)
@@ -324,6 +334,7 @@ def part_of_backward(thread, network, layers, addresses, work, barrier):
             add_weights(thread, here, layers[index], weight, work)
     if not here.split_rows:
         own_weights(thread, here, layers, addresses, work, kept, deltas)
+    end(work.packed)
 
 
 @compiled
@@ -381,14 +392,13 @@ def multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_
 def layer_backward(thread, network, layer, index, next_layer, work, kept, deltas, at, at_delta, row, n_rows):
     """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole half blocks."""
     stride = network.delta_stride
-    times_transposed(
-        next_layer, work, deltas, next_layer.delta + at_delta, stride, deltas, layer.delta + at_delta, stride, n_rows
-    )
+    start, to = next_layer.delta + at_delta, layer.delta + at_delta
+    times_transposed(thread, next_layer, work, deltas, start, stride, deltas, to, stride, n_rows)
     multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_delta, row, n_rows)
 
 
 @compiled
-def times_transposed(layer, work, delta, delta_start, delta_stride, c, c_start, c_stride, n_rows):
+def times_transposed(thread, layer, work, delta, delta_start, delta_stride, c, c_start, c_stride, n_rows):
     """C = δ Wᵀ."""
     gemm_nn(
         delta,
@@ -406,6 +416,7 @@ def times_transposed(layer, work, delta, delta_start, delta_stride, c, c_start, 
         work.zeros,
         0,
         0,
+        work.scratch[thread],
     )
 
 
@@ -414,7 +425,7 @@ def input_gradient(thread, network, layer, work, deltas, at_delta, row, n_rows):
     """Rows of ∂C/∂X = δ Wᵀ of the first layer."""
     tile, stride = thread * network.tile_span, network.tile_stride
     delta, blocks = layer.delta + at_delta, computed(n_rows)
-    times_transposed(layer, work, deltas, delta, network.delta_stride, work.tiles, tile, stride, blocks)
+    times_transposed(thread, layer, work, deltas, delta, network.delta_stride, work.tiles, tile, stride, blocks)
     dX = vector(network.dX, network.n_rows * layer.n_in, deltas)
     unpack(0, 1, work.tiles, tile, stride, n_rows, layer.n_in, dX, row * layer.n_in)
 
@@ -425,20 +436,29 @@ def input_gradient(thread, network, layer, work, deltas, at_delta, row, n_rows):
 @compiled
 def sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows, accumulate):
     """∂C/∂Wᵀ = δᵀ a_prev over a tile, into this thread's gradients."""
-    panel = panel_width(kept)
+    panel, n_out = panel_width(kept), (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     for p in range((layer.n_in + panel - 1) // panel):
-        for j in range(0, layer.n_out, BLOCK_ROWS):
-            gemm_tn_block(
-                deltas,
-                layer.delta + at_delta + j // panel * network.delta_stride + j % panel,
-                kept,
-                layer.a_prev + at + p * network.kept_stride,
-                work.gradients[thread],
-                layer.T + p * layer.T_stride + j * panel,
-                n_rows,
-                layer.n_in - p * panel,
-                accumulate,
-            )
+        gemm_tn(
+            deltas,
+            layer.delta + at_delta,
+            network.delta_stride,
+            0,
+            n_out,
+            kept,
+            layer.a_prev + at,
+            network.kept_stride,
+            p,
+            work.gradients[thread],
+            layer.T + p * layer.T_stride,
+            n_rows,
+            layer.n_in,
+            accumulate,
+            work.scratch[thread],
+            p == 0,
+            work.zeros,
+            work.packed,
+            -1,
+        )
 
 
 @compiled
@@ -487,16 +507,29 @@ def own_weights(thread, network, layers, addresses, work, kept, deltas):
 def groups_of_blocks(thread, network, layer, weight, work, kept, deltas, low, high):
     """Blocks low … high − 1: those of the same neurons in each panel together, so that their δ stay in cache.
 
-    Network L takes 14.7 in place of 15.4 ms under autograd on two cores of a Xeon, and M the same.
+    Network L takes 14.7 in place of 15.4 ms under autograd on two cores of a Xeon, and M the same. Of more rows than
+    are split at once, every chunk goes through all panels, whose sums wait side by side to be written.
     """
-    in_panel = (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
-    n_groups = (in_panel + GROUP - 1) // GROUP
+    in_panel, gradients = (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS, work.gradients[thread]
+    n_groups, size = (in_panel + GROUP - 1) // GROUP, GROUP * BLOCK_ROWS * panel_width(kept)
+    first_panel, last_panel = low // in_panel, (high - 1) // in_panel + 1
+    at_once = network.chunk_rows if network.together else network.n_rows
     for g in range(n_groups):
-        for p in range(low // in_panel, (high - 1) // in_panel + 1):
-            first = max(low, p * in_panel + g * in_panel // n_groups)
-            last = min(high, p * in_panel + (g + 1) * in_panel // n_groups)
-            if first < last:
-                group_of_blocks(thread, network, layer, weight, work, kept, deltas, first, last)
+        for row in range(0, network.n_rows, at_once):
+            last_row, before_first, before_last = min(row + at_once, network.n_rows), -1, -1
+            for p in range(first_panel, last_panel):
+                first = max(low - p * in_panel, g * in_panel // n_groups)
+                last = min(high - p * in_panel, (g + 1) * in_panel // n_groups)
+                if first < last:
+                    fresh = first != before_first or last != before_last
+                    to = (p - first_panel) * size if network.together else 0
+                    group_of_blocks(
+                        thread, network, layer, work, kept, deltas, p, first, last, row, last_row, to, fresh
+                    )
+                    if last_row == network.n_rows:
+                        low_row, high_row = first * BLOCK_ROWS, min(last * BLOCK_ROWS, layer.n_out)
+                        write_rows(layer, weight, gradients, to, p, low_row, high_row)
+                    before_first, before_last = first, last
 
 
 @compiled
@@ -508,29 +541,31 @@ def blocks_in(layer, d_weight, kept):
 
 
 @compiled
-def group_of_blocks(thread, network, layer, d_weight, work, kept, deltas, first, last):
-    """Blocks first … last − 1 over all rows, in cache until they are written out."""
-    panel, gradients = panel_width(kept), work.gradients[thread]
-    in_panel = (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS
-    for row in range(0, network.n_rows, CHUNK_ROWS):
-        n_rows = min(CHUNK_ROWS, network.n_rows - row)
-        for number in range(first, last):
-            p, j = number // in_panel, number % in_panel * BLOCK_ROWS
-            gemm_tn_block(
-                deltas,
-                layer.delta + j // panel * network.delta_stride + j % panel + row * panel,
-                kept,
-                layer.a_prev + p * network.kept_stride + row * panel,
-                gradients,
-                (number - first) * BLOCK_ROWS * panel,
-                n_rows,
-                layer.n_in - p * panel,
-                row > 0,
-            )
-    for number in range(first, last):
-        p, j = number // in_panel, number % in_panel * BLOCK_ROWS
-        start = (number - first) * BLOCK_ROWS * panel
-        write_rows(layer, d_weight, gradients, start, p, j, min(j + BLOCK_ROWS, layer.n_out))
+def group_of_blocks(thread, network, layer, work, kept, deltas, p, first, last, first_row, last_row, to, fresh):
+    """Blocks first … last − 1 of panel p over some rows, in gradients from `to` on; fresh : see `gemm_tn`."""
+    panel, chunk = panel_width(kept), network.chunk_rows
+    for row in range(first_row, last_row, chunk):
+        gemm_tn(
+            deltas,
+            layer.delta + row * panel,
+            network.delta_stride,
+            first * BLOCK_ROWS,
+            last * BLOCK_ROWS,
+            kept,
+            layer.a_prev + row * panel,
+            network.kept_stride,
+            p,
+            work.gradients[thread],
+            to,
+            min(chunk, last_row - row),
+            layer.n_in,
+            row > 0,
+            work.scratch[thread],
+            fresh,
+            work.zeros,
+            work.packed,
+            -1,
+        )
 
 
 @compiled

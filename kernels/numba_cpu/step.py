@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 
+from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
 from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
@@ -39,9 +40,6 @@ __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
 
 Z, A, LABELS = range(3)
 """What `infer` may be asked for."""
-
-CHUNK_ROWS = 256
-"""Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""
 
 
 @entry_point
@@ -76,7 +74,8 @@ def part_of_train(
     """One member's part of a step for each of `learning_rates`; returns early where the barrier is stopped.
 
     parts : (n_threads,), each thread's columns of the first layer, as a layer; empty without `split_columns`;
-    groups : (n_threads, n, 2), the first block and the last + 1 of what each thread updates in one go, in this order;
+    groups : (n_threads, n, 3), the first block and the last + 1 of what each thread updates in one go, in this order,
+    and 0 where the rows of W are those of the group before;
     starts : where in `batches.order` each mini-batch begins, and where the last one ends; settings : the optimizer's,
     see `update`; alphas : the L2 penalty of each step; first_step : number of the first step, from 1; dropout_step :
     its number for the dropout masks; losses : (n_threads, n_steps, 2), overwritten with each thread's part of each
@@ -85,13 +84,14 @@ def part_of_train(
     after the last; guarded : only where all is finite, see `all_finite`.
     """
     here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
+    begin(memory.passes)
     if n_loaded > 0 and not load_all(member, n_members, here, layers, vectors, n_loaded, memory, barrier):
         return
     for s in range(learning_rates.size):
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
         if here.split_columns:
             for thread in range(member, here.n_threads, n_members):
-                first_layer(here, parts[thread], batches, memory, first_row, n_rows, dropout_step + s)
+                first_layer(thread, here, parts[thread], batches, memory, first_row, n_rows, dropout_step + s)
             if not wait(barrier, n_members):
                 return
         for thread in range(member, here.n_threads, n_members):
@@ -121,6 +121,7 @@ def part_of_train(
             return
     if n_stored > 0 and (not guarded or all_finite(member, n_members, here, memory, losses, barrier)):
         store_all(member, n_members, layers, vectors, n_stored, memory)
+    end(memory.passes)
 
 
 @compiled
@@ -155,6 +156,7 @@ def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums
     """
     here, layer, memory = plan[0], layers[layers.size - 1], borrowed(memory)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
+    begin(memory.passes)
     low, high = rows_of(thread, here.n_threads, x.shape[0])
     at = thread * here.span
     out, n_out = layer.a + at, layer.n_out
@@ -162,13 +164,14 @@ def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
         add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
-        hidden_layers(here, layers, memory, computed(rows), at, 0, -1)
+        hidden_layers(thread, here, layers, memory, computed(rows), at, 0, -1)
         if wanted == LABELS:
             winners(memory.passes, out, here.stride, rows, n_out, labels, row)
             continue
         if wanted == A:
             output_forward(here.sigma, memory.passes, out, here.stride, panel_width(memory.passes), rows, n_out)
         unpack(0, 1, memory.passes, out, here.stride, rows, n_out, outputs, row * n_out)
+    end(memory.passes)
 
 
 @compiled
@@ -182,10 +185,10 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
 
 
 @compiled
-def first_layer(plan, part, batches, memory, first_row, n_rows, dropout_step):
+def first_layer(thread, plan, part, batches, memory, first_row, n_rows, dropout_step):
     """a of a thread's columns of the first layer, for all rows of a mini-batch, which it gathers for itself."""
     gather(batches.x, batches.order, first_row, n_rows, memory.passes, part.a_prev, plan.stride)
-    dense_forward(plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+    dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
 
 
 @compiled
@@ -199,7 +202,7 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
         if plan.split_columns == 0:
             gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
-        cost += forward(plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
+        cost += forward(thread, plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
         backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
         no_rows(thread, plan, memory)
@@ -222,10 +225,10 @@ def computed(n_rows):
 
 
 @compiled
-def forward(plan, layers, batches, memory, first_row, row, n_rows, at, dropout_step):
+def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, dropout_step):
     """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
     layer = layers[plan.n_layers - 1]
-    hidden_layers(plan, layers, memory, computed(n_rows), at, row, dropout_step)
+    hidden_layers(thread, plan, layers, memory, computed(n_rows), at, row, dropout_step)
     return output_delta(
         plan.loss,
         plan.loss_setting,
@@ -243,15 +246,24 @@ def forward(plan, layers, batches, memory, first_row, row, n_rows, at, dropout_s
 
 
 @compiled
-def hidden_layers(plan, layers, memory, n_rows, at, row, dropout_step):
+def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
     """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
     passes = memory.passes
     last = plan.n_layers - 1
     for index in range(plan.split_columns, last):
-        dense_forward(plan, layers[index], index, memory, n_rows, at, row, dropout_step)
+        dense_forward(thread, plan, layers[index], index, memory, n_rows, at, row, dropout_step)
     layer = layers[last]
     pre_activation(
-        layer, memory.parameters, passes, layer.a_prev + at, plan.stride, passes, layer.a + at, plan.stride, n_rows
+        layer,
+        memory.parameters,
+        passes,
+        layer.a_prev + at,
+        plan.stride,
+        passes,
+        layer.a + at,
+        plan.stride,
+        n_rows,
+        memory.scratch[thread],
     )
 
 
@@ -262,9 +274,10 @@ def backward(thread, plan, layers, memory, n_rows, at, accumulate):
         layer = layers[index]
         bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
         if plan.split_rows:
-            weight_gradients(plan, layer, memory, thread, 0, blocks_in(layer, memory), 0, n_rows, at, accumulate, False)
+            blocks = blocks_in(layer, memory)
+            weight_gradients(thread, plan, layer, memory, thread, 0, blocks, 0, n_rows, at, accumulate, False, True)
         if index > 0:
-            dense_backward(plan, layers[index - 1], layer, memory, computed(n_rows), at)
+            dense_backward(thread, plan, layers[index - 1], layer, memory, computed(n_rows), at)
 
 
 @compiled
@@ -307,7 +320,7 @@ def whole_gradients(thread, plan, layers, parts, groups, memory, n_rows, alpha):
     size, norm = block_size(memory), sum_squares(memory.gradients[0], memory.parameters, 0.0, first, last)
     for g in range(groups.shape[0]):
         group, end = groups[g, 0], groups[g, 1]
-        own_gradients(thread, plan, layers, parts, memory, 0, group, end, 0, n_rows)
+        own_gradients(thread, plan, layers, parts, memory, 0, groups, g, 0, n_rows)
         norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
     memory.norms[thread, 0] = norm
 
@@ -329,9 +342,9 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
         group, end = groups[g, 0], groups[g, 1]
         # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
         at_once = not (clips or plan.split_rows)
-        row, shift = (thread, group * size) if at_once else (0, 0)
+        row, shift = (thread, 0 if plan.together else group * size) if at_once else (0, 0)
         if not clips:
-            own_gradients(thread, plan, layers, parts, memory, row, group, end, shift, n_rows)
+            own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_rows)
         if alpha > 0:
             squares += sum_squares_of_run(memory.parameters, group * size, end * size)
         update_range(
@@ -343,22 +356,43 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
 
 
 @compiled
-def own_gradients(thread, plan, layers, parts, memory, row, first, last, shift, n_rows):
-    """The blocks first … last − 1 of ∂C/∂W, over the whole mini-batch, into gradients[row], `shift` entries earlier."""
-    size = block_size(memory)
+def own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_rows):
+    """Group g's blocks of ∂C/∂W, over the whole mini-batch, into gradients[row], `shift` entries before their place.
+
+    Those that follow, of the same rows of W, are made with it if the plan says `together`, so nothing is left to do for
+    them: so many rows of a_prev are split in chunks, each once for all of these groups.
+    """
+    size, panel, chunk, end = block_size(memory), panel_width(memory.passes), plan.chunk_rows, g + 1
     if plan.split_rows:
-        sum_over_threads(plan, memory, first * size, last * size)
+        sum_over_threads(plan, memory, groups[g, 0] * size, groups[g, 1] * size)
         return
-    panel = panel_width(memory.passes)
-    for start_row in range(0, n_rows, CHUNK_ROWS):
-        rows, is_last = min(CHUNK_ROWS, n_rows - start_row), start_row + CHUNK_ROWS >= n_rows
-        for index in range(plan.n_layers):
+    if plan.together:
+        if groups[g, 2] == 0:
+            return
+        while end < groups.shape[0] and groups[end, 2] == 0:
+            end += 1
+    for start_row in range(0, n_rows, chunk):
+        rows, is_last = min(chunk, n_rows - start_row), start_row + chunk >= n_rows
+        for number in range((end - g) * plan.n_layers):
+            h, index = g + number // plan.n_layers, number % plan.n_layers
             layer = parts[thread] if index < plan.split_columns else layers[index]
             start = layer.W // size
-            low, high = max(first - start, 0), min(last - start, blocks_in(layer, memory))
+            low, high = max(groups[h, 0] - start, 0), min(groups[h, 1] - start, blocks_in(layer, memory))
             if low < high:
                 weight_gradients(
-                    plan, layer, memory, row, low, high, shift, rows, start_row * panel, start_row > 0, is_last
+                    thread,
+                    plan,
+                    layer,
+                    memory,
+                    row,
+                    low,
+                    high,
+                    shift,
+                    rows,
+                    start_row * panel,
+                    start_row > 0,
+                    is_last,
+                    groups[h, 2] != 0,
                 )
 
 
