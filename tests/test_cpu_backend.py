@@ -542,7 +542,7 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
         c = np.full(rows * round_up(m, w), np.nan, dtype)
         scratch = np.full(max(entries(n, k), entries(k, n)), np.nan, dtype)
         begin(a)
-        gemm_nn(a, 0, rows * w, b, 0, k * w, c, 0, rows * w, n, k, m, bias, 0, w, scratch)
+        gemm_nn((a, 0, rows * w), (b, 0, k * w), (c, 0, rows * w), (n, k, m), (bias, 0, w), scratch)
         expected = A.astype(float) @ B + bias[:m]
         assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
         k_rows = round_up(k, BLOCK_ROWS)
@@ -550,8 +550,8 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
         for p in range(round_up(m, w) // w):
             for accumulate in (False, True):
                 c_start = p * k_rows * w
-                operands = a, 0, rows * w, 0, k_rows, d, 0, rows * w, p, g, c_start, n, m
-                gemm_tn(*operands, accumulate, scratch, True, zeros, g, 0)
+                matrices = (a, 0, rows * w), (0, k_rows), (d, 0, rows * w), p, (g, c_start), (n, m)
+                gemm_tn(*matrices, accumulate, zeros, scratch, True, (g, 0))
         end(a)
         expected = 2 * (A.astype(float).T @ D)
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
@@ -616,7 +616,8 @@ def test_a_product_asks_for_the_weights_that_it_needs_next():
     product, n = compiling.executable(gemm.gemm_nn.py_func), 2 * panels.width("float32")
     a, c, zeros = np.ones(n * n, np.float32), np.empty(n * n, np.float32), np.zeros(n, np.float32)
     stride = n * n // 2
-    product(a, 0, stride, a, 0, stride, c, 0, stride, n, n, n, zeros, 0, 0, np.empty(0, np.float32))
+    square, scratch = (a, 0, stride), np.empty(0, np.float32)
+    product(square, square, (c, 0, stride), (n, n, n), (zeros, 0, 0), scratch)
     assert (c == n).all()
     (code,) = product.inspect_llvm().values()
     assert "call void @llvm.prefetch" in code

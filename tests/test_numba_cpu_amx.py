@@ -128,40 +128,20 @@ def scratch_for(n_rows, depth):
 
 
 @compiled
-def product_nn(a, b, c, n_rows, a_rows, depth, n_columns, bias, scratch):
-    amx.begin(a)
-    gemm._gemm_nn_by_thirds(
-        a, 0, a_rows * 32, b, 0, depth * 32, c, 0, a_rows * 32, n_rows, depth, n_columns, bias, 0, 32, scratch
-    )
-    amx.end(a)
+def product_nn(A, B, C, shape, bias, scratch):
+    amx.begin(A[0])
+    gemm._gemm_nn_by_thirds(A, B, C, shape, bias, scratch)
+    amx.end(A[0])
 
 
 @compiled
-def product_tn(a, b, c, first, last, depth, n_columns, accumulate, zeros, scratch):
-    amx.begin(a)
-    for p in range((n_columns + 31) // 32):
-        gemm._gemm_tn_by_thirds(
-            a,
-            0,
-            depth * 32,
-            first,
-            last,
-            b,
-            0,
-            depth * 32,
-            p,
-            c,
-            p * (last - first) * 32,
-            depth,
-            n_columns,
-            accumulate,
-            scratch,
-            p == 0,
-            zeros,
-            c,
-            -1,
-        )
-    amx.end(a)
+def product_tn(A, columns, B, c, shape, accumulate, zeros, scratch):
+    amx.begin(A[0])
+    first, last = columns
+    for p in range((shape[1] + 31) // 32):
+        C, nothing = (c, p * (last - first) * 32), (c, -1)
+        gemm._gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, p == 0, nothing)
+    amx.end(A[0])
 
 
 product_nn, product_tn = executable(product_nn.py_func), executable(product_tn.py_func)
@@ -186,7 +166,8 @@ def test_a_product_is_as_exact_as_float32(n_rows, depth):
         c = np.full(guard * round_up(n_columns, PANEL), 7, np.float32)
         b = np.nan_to_num(in_panels(B, depth))  # the padding of weights is 0
         a, scratch = in_panels(A, guard), scratch_for(n_rows, depth)
-        product_nn(a, b, c, n_rows, guard, depth, n_columns, bias, scratch)
+        stride, shape = guard * PANEL, (n_rows, depth, n_columns)
+        product_nn((a, 0, stride), (b, 0, depth * PANEL), (c, 0, stride), shape, (bias, 0, PANEL), scratch)
         found = row_major(c, guard, n_columns)
         assert_is_float32s(found[:n_rows], A, B, bias[:n_columns])
         assert (found[n_rows:] == 7).all()
@@ -204,7 +185,8 @@ def test_a_product_of_columns_is_as_exact_as_float32(first, last, depth):
             c[...] = in_panels(before, last - first)
         b = np.nan_to_num(in_panels(B, depth))
         zeros, scratch = np.zeros(PANEL, np.float32), scratch_for(last - first, depth)
-        product_tn(in_panels(A, depth), b, c, first, last, depth, n_columns, accumulate, zeros, scratch)
+        a, stride = in_panels(A, depth), depth * PANEL
+        product_tn((a, 0, stride), (first, last), (b, 0, stride), c, (depth, n_columns), accumulate, zeros, scratch)
         found = row_major(c, last - first, n_columns)
         assert_is_float32s(found, A[:, first:].T, B, before.astype(float) if accumulate else 0.0)
         assert accumulate or not c.reshape(-1, last - first, PANEL)[-1, :, (n_columns - 1) % PANEL + 1 :].any()
@@ -216,7 +198,8 @@ def test_a_long_sum_is_no_less_exact_than_numpys():
     exact = A.astype(float) @ B.astype(float).T
     c, scratch = np.zeros(512 * 512, np.float32), scratch_for(512, 4096)
     b = in_panels(np.ascontiguousarray(B.T), 4096)
-    product_nn(in_panels(A, 512), b, c, 512, 512, 4096, 512, np.zeros(512, np.float32), scratch)
+    a, bias = (in_panels(A, 512), 0, 512 * PANEL), (np.zeros(512, np.float32), 0, PANEL)
+    product_nn(a, (b, 0, 4096 * PANEL), (c, 0, 512 * PANEL), (512, 4096, 512), bias, scratch)
     errors = [np.abs(found - exact).max() for found in (row_major(c, 512, 512), A @ B.T)]
     assert 0 < errors[0] <= 2 * errors[1]
 
@@ -226,7 +209,12 @@ def test_what_is_no_number_stays_in_its_row_and_its_column():
     A, B = draw(40, 64), draw(64, 40, seed=1)
     A[17, 5], B[9, 33] = np.inf, np.nan
     c, scratch = np.zeros(40 * 64, np.float32), scratch_for(40, 64)
-    product_nn(in_panels(A, 40), in_panels(B, 64), c, 40, 40, 64, 40, np.zeros(64, np.float32), scratch)
+    a, b, bias = (
+        (in_panels(A, 40), 0, 40 * PANEL),
+        (in_panels(B, 64), 0, 64 * PANEL),
+        (np.zeros(64, np.float32), 0, PANEL),
+    )
+    product_nn(a, b, (c, 0, 40 * PANEL), (40, 64, 40), bias, scratch)
     bad = ~np.isfinite(row_major(c, 40, 40))
     expected = np.zeros((40, 40), bool)
     expected[17], expected[:, 33] = True, True

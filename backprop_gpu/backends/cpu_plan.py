@@ -131,7 +131,7 @@ LEFT_BYTES = 1 << 20
 
 def by_thirds(dtype: Any) -> bool:
     """Whether products of `dtype` may be computed by thirds, see `amx`."""
-    return HAS_AMX and np.dtype(dtype) == np.float32
+    return HAS_AMX and bool(np.dtype(dtype) == np.float32)
 
 
 def chunk_rows(dtype: Any) -> int:
@@ -406,12 +406,12 @@ class Layout:
     @property
     def _unit(self) -> int:
         """Blocks that are best left together."""
-        return ROWS_OF_TWO if by_thirds(self.dtype) else 1
+        return int(ROWS_OF_TWO) if by_thirds(self.dtype) else 1
 
     def _group(self) -> int:
         """Blocks that are updated in one go."""
         if not by_thirds(self.dtype):
-            return GROUP
+            return int(GROUP)
         columns = LEFT_BYTES // (6 * min(max(1, self.batch_size), chunk_rows(self.dtype)))
         return int(max(self._unit, min(GROUP, columns // BLOCK_ROWS // self._unit * self._unit)))
 

@@ -17,21 +17,11 @@ def dense_backward(thread, plan, layer, next_layer, memory, n_rows, at):
     passes, delta = memory.passes, layer.delta + at
     panel = panel_width(passes)
     gemm_nn(
-        passes,
-        next_layer.delta + at,
-        plan.stride,
-        memory.transposed,
-        next_layer.T,
-        next_layer.T_stride,
-        passes,
-        delta,
-        plan.stride,
-        n_rows,
-        next_layer.n_out,
-        next_layer.n_in,
-        memory.zeros,
-        0,
-        0,
+        (passes, next_layer.delta + at, plan.stride),
+        (memory.transposed, next_layer.T, next_layer.T_stride),
+        (passes, delta, plan.stride),
+        (n_rows, next_layer.n_out, next_layer.n_in),
+        (memory.zeros, 0, 0),
         memory.scratch[thread],
     )
     count = n_rows * panel

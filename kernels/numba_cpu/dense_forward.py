@@ -12,26 +12,10 @@ __all__ = ["dense_forward", "pre_activation"]
 
 
 @compiled
-def pre_activation(layer, parameters, a_prev, a_prev_start, a_prev_stride, z, z_start, z_stride, n_rows, scratch):
-    """z = a_prev W + b."""
-    gemm_nn(
-        a_prev,
-        a_prev_start,
-        a_prev_stride,
-        parameters,
-        layer.W,
-        layer.W_stride,
-        z,
-        z_start,
-        z_stride,
-        n_rows,
-        layer.n_in,
-        layer.n_out,
-        parameters,
-        layer.b,
-        panel_width(parameters),
-        scratch,
-    )
+def pre_activation(layer, parameters, a_prev, z, n_rows, scratch):
+    """z = a_prev W + b; a_prev and z as `gemm_nn` takes matrices."""
+    W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
+    gemm_nn(a_prev, W, z, (n_rows, layer.n_in, layer.n_out), bias, scratch)
 
 
 @compiled
@@ -41,11 +25,11 @@ def dense_forward(thread, plan, layer, index, memory, n_rows, at, first_row, ste
     n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
     """
     passes, panel = memory.passes, panel_width(memory.passes)
-    a, a_prev, factors = layer.a + at, layer.a_prev + at, layer.factors + at
+    a, factors = layer.a + at, layer.factors + at
     z = (layer.z if layer.from_z else layer.a) + at
     drops = layer.dropout > 0 and step >= 0
-    scratch = memory.scratch[thread]
-    pre_activation(layer, memory.parameters, passes, a_prev, plan.stride, passes, z, plan.stride, n_rows, scratch)
+    a_prev = passes, layer.a_prev + at, plan.stride
+    pre_activation(layer, memory.parameters, a_prev, (passes, z, plan.stride), n_rows, memory.scratch[thread])
     if drops:
         keep_factors(
             passes,

@@ -33,25 +33,17 @@ def weight_gradients(thread, plan, layer, memory, row, first, last, shift, n_row
         fresh = fresh if before_low < 0 else (low, high) != (before_low, before_high)
         start = layer.W + p * layer.W_stride + low * BLOCK_ROWS * panel
         gemm_tn(
-            passes,
-            layer.a_prev + at,
-            plan.stride,
-            low * BLOCK_ROWS,
-            high * BLOCK_ROWS,
-            passes,
-            layer.delta + at,
-            plan.stride,
+            (passes, layer.a_prev + at, plan.stride),
+            (low * BLOCK_ROWS, high * BLOCK_ROWS),
+            (passes, layer.delta + at, plan.stride),
             p,
-            memory.gradients[row],
-            start - shift,
-            n_rows,
-            layer.n_out,
+            (memory.gradients[row], start - shift),
+            (n_rows, layer.n_out),
             accumulate,
+            memory.zeros,
             memory.scratch[thread],
             fresh,
-            memory.zeros,
-            memory.parameters,
-            start if last_time else -1,
+            (memory.parameters, start if last_time else -1),
         )
         before_low, before_high = low, high
 

@@ -375,51 +375,22 @@ def vectors_in_use(x, n_columns):
     return min(VECTORS, (n_columns + lanes - 1) // lanes)
 
 
+# A matrix is (array, its first entry, entries from panel to panel) below.
+
+
 @compiled
-def gemm_nn(
-    a,
-    a_start,
-    a_stride,
-    b,
-    b_start,
-    b_stride,
-    c,
-    c_start,
-    c_stride,
-    n_rows,
-    depth,
-    n_columns,
-    bias,
-    bias_start,
-    bias_step,
-    scratch,
-):
+def gemm_nn(A, B, C, shape, bias, scratch):
     """C = A B + bias, overwriting C: n_rows rounded up to HALF_BLOCK_ROWS are read and written.
 
-    a : (n_rows, depth); b : (depth, n_columns); c : (n_rows, n_columns), all in panels; bias : n_columns entries,
-    `bias_step` from one panel's to the next (0: the same entries for each); scratch : as many as `thirds.entries` says.
+    shape : (n_rows, depth, n_columns); bias : (array, its first entry, entries from one panel's to the next, 0 for the
+    same in each); scratch : as many entries as `thirds.entries` says.
     """
+    (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start, c_stride) = A, B, C
+    (n_rows, depth, n_columns), (bias, bias_start, bias_step) = shape, bias
     panel = panel_width(a)
     if by_thirds(a, n_rows, depth, n_columns):
         done = in_tiles(n_rows)
-        _gemm_nn_by_thirds(
-            a,
-            a_start,
-            a_stride,
-            b,
-            b_start,
-            b_stride,
-            c,
-            c_start,
-            c_stride,
-            done,
-            depth,
-            n_columns,
-            bias,
-            bias_start,
-            bias_step,
-            scratch,
-        )
+        _gemm_nn_by_thirds(A, B, C, (done, depth, n_columns), (bias, bias_start, bias_step), scratch)
         a_start, c_start, n_rows = a_start + done * panel, c_start + done * panel, n_rows - done
     whole = (n_rows + HALF_BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     step = b_stride // BLOCKS_AHEAD
@@ -437,25 +408,10 @@ def gemm_nn(
 
 
 @compiled
-def _gemm_nn_by_thirds(
-    a,
-    a_start,
-    a_stride,
-    b,
-    b_start,
-    b_stride,
-    c,
-    c_start,
-    c_stride,
-    n_rows,
-    depth,
-    n_columns,
-    bias,
-    bias_start,
-    bias_step,
-    scratch,
-):
+def _gemm_nn_by_thirds(A, B, C, shape, bias, scratch):
     """See `gemm_nn`; just n_rows are read and written."""
+    (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start, c_stride) = A, B, C
+    (n_rows, depth, n_columns), (bias, bias_start, bias_step) = shape, bias
     panel, steps = panel_width(a), steps_in(depth)
     right, other = BLOCK, BLOCK + steps * RIGHT_STEP
     left = other + steps * RIGHT_STEP
@@ -465,22 +421,10 @@ def _gemm_nn_by_thirds(
     for p in range(n_panels):
         following, pair = b_start + (p + 1) * b_stride, 0 if p < n_panels - 1 else ROWS
         for row in range(0, n_rows, 2 * ROWS):
+            here, rows = left + row // ROWS * steps * LEFT_STEP, min(2 * ROWS, n_rows - row)
+            block, offset = c_start + p * c_stride + row * panel, bias_start + p * bias_step
             pair = multiply(
-                scratch,
-                left + row // ROWS * steps * LEFT_STEP,
-                steps,
-                right,
-                min(2 * ROWS, n_rows - row),
-                c,
-                c_start + p * c_stride + row * panel,
-                bias,
-                bias_start + p * bias_step,
-                False,
-                b,
-                following,
-                depth,
-                other,
-                pair,
+                scratch, here, steps, right, rows, c, block, bias, offset, False, b, following, depth, other, pair
             )
         if p < n_panels - 1:
             split_panel(b, following, depth, pair, scratch, other)
@@ -488,124 +432,57 @@ def _gemm_nn_by_thirds(
 
 
 @compiled
-def gemm_tn(
-    a,
-    a_start,
-    a_stride,
-    first,
-    last,
-    b,
-    b_start,
-    b_stride,
-    p,
-    c,
-    c_start,
-    depth,
-    n_columns,
-    accumulate,
-    scratch,
-    fresh,
-    zeros,
-    w,
-    w_start,
-):
-    """Panel p of C = AᵀB, for the columns first … last − 1 of A, whole blocks: C's rows, from c_start on.
+def gemm_tn(A, columns, B, p, C, shape, accumulate, zeros, scratch, fresh, to_write):
+    """Panel p of C = AᵀB, for the columns first … last − 1 of A, whole blocks, or of C += AᵀB; its padding becomes 0.
 
-    Overwrites them, their padding with 0, or adds to them. n_columns : of B; scratch : as many entries as
-    `thirds.entries` says; fresh : unless the last call with this scratch was for the panel before, and otherwise alike;
-    w : what is asked for meanwhile, to be written, unless w_start is negative.
+    columns : (first, last); C : (array, where the panel's row `first` begins); shape : (rows of A and B, columns of B);
+    zeros : a panel's width; scratch : as many entries as `thirds.entries` says; fresh : unless the last call with this
+    scratch was for the panel before, and otherwise alike; to_write : what is asked for meanwhile, as C, to be written;
+    nothing, if its place is negative.
     """
+    (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start) = A, B, C
+    (first, last), (depth, n_columns) = columns, shape
     panel, at_b = panel_width(a), b_start + p * b_stride
     done, n = first, vectors_in_use(a, n_columns - p * panel)
     if by_thirds(a, last - first, depth, n_columns):
         done = first + in_tiles(last - first)
-        _gemm_tn_by_thirds(
-            a,
-            a_start,
-            a_stride,
-            first,
-            done,
-            b,
-            b_start,
-            b_stride,
-            p,
-            c,
-            c_start,
-            depth,
-            n_columns,
-            accumulate,
-            scratch,
-            fresh,
-            zeros,
-            w,
-            w_start,
-        )
+        _gemm_tn_by_thirds(A, (first, done), B, p, C, shape, accumulate, zeros, scratch, fresh, to_write)
     for column in range(done, last, BLOCK_ROWS):
         at, row = a_start + column // panel * a_stride + column % panel, (column - first) * panel
-        ask_to_write(w, w_start, row, BLOCK_ROWS)
+        ask_to_write(to_write, row, BLOCK_ROWS)
         for k in range(0, depth, ROWS_OF_SUM):
             some, here = min(ROWS_OF_SUM, depth - k), k * panel
             _block_tn(a, at + here, b, at_b + here, c, c_start + row, some, accumulate or k > 0, n)
 
 
 @compiled
-def _gemm_tn_by_thirds(
-    a,
-    a_start,
-    a_stride,
-    first,
-    last,
-    b,
-    b_start,
-    b_stride,
-    p,
-    c,
-    c_start,
-    depth,
-    n_columns,
-    accumulate,
-    scratch,
-    fresh,
-    zeros,
-    w,
-    w_start,
-):
+def _gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, fresh, to_write):
     """See `gemm_tn`."""
+    (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start) = A, B, C
+    (first, last), (depth, n_columns) = columns, shape
     panel, steps = panel_width(a), steps_in(depth)
     left = BLOCK + 2 * steps * RIGHT_STEP
     right, other = BLOCK + p % 2 * steps * RIGHT_STEP, BLOCK + (p + 1) % 2 * steps * RIGHT_STEP
-    at, following, more = b_start + p * b_stride, b_start + (p + 1) * b_stride, n_columns > (p + 1) * panel
+    following, more = b_start + (p + 1) * b_stride, n_columns > (p + 1) * panel
     if fresh:
         split_columns(a, a_start, a_stride, first, last, depth, scratch, left)
-        split_panel(b, at, depth, 0, scratch, right)
+        split_panel(b, b_start + p * b_stride, depth, 0, scratch, right)
     pair = 0 if more else ROWS
     for column in range(0, last - first, 2 * ROWS):
-        rows = min(2 * ROWS, last - first - column)
-        ask_to_write(w, w_start, column * panel, rows)
+        here, rows = left + column // ROWS * steps * LEFT_STEP, min(2 * ROWS, last - first - column)
+        block = c_start + column * panel
+        ask_to_write(to_write, column * panel, rows)
         pair = multiply(
-            scratch,
-            left + column // ROWS * steps * LEFT_STEP,
-            steps,
-            right,
-            rows,
-            c,
-            c_start + column * panel,
-            zeros,
-            0,
-            accumulate,
-            b,
-            following,
-            depth,
-            other,
-            pair,
+            scratch, here, steps, right, rows, c, block, zeros, 0, accumulate, b, following, depth, other, pair
         )
     if more:
         split_panel(b, following, depth, pair, scratch, other)
 
 
 @compiled
-def ask_to_write(w, w_start, at, n_rows):
-    """For rows of a panel of w; for none where w_start is negative."""
+def ask_to_write(to_write, at, n_rows):
+    """For rows of a panel; see `gemm_tn`."""
+    w, w_start = to_write
     if w_start >= 0:
         panel = panel_width(w)
         for i in range(w_start + at, w_start + at + n_rows * panel, panel):

@@ -177,8 +177,8 @@ def part_of_forward(thread, network, layers, parts, addresses, work, barrier):
             gather_run(X, row, n_rows, kept, layers[0].a_prev + at, here.kept_stride)
         for index in range(here.split_columns, here.n_layers - 1):
             layer = layers[index]
-            a_prev, stride = layer.a_prev + at, here.kept_stride
-            layer_forward(thread, here, layer, index, work, kept, a_prev, stride, kept, at, row, computed(n_rows))
+            a_prev = kept, layer.a_prev + at, here.kept_stride
+            layer_forward(thread, here, layer, index, work, a_prev, kept, at, row, computed(n_rows))
         output_forward(thread, here, layers[here.n_layers - 1], work, kept, at, row, n_rows)
     end(work.packed)
 
@@ -225,26 +225,24 @@ def copy_transposed(flat, n_columns, first_row, last_row, first_column, last_col
 @compiled
 def first_layer(thread, network, part, work, kept, X):
     """a of a thread's columns of the first layer for all rows of X: its own are kept, the others' only looked at."""
-    stride = network.kept_stride
     for owner in range(network.n_threads):
         low, high = rows_of(owner, network.n_threads, network.n_rows)
         for row in range(low, high, network.tile_rows):
             n_rows = min(network.tile_rows, high - row)
-            x, start, x_stride = kept, part.a_prev + row * panel_width(kept), stride
-            if owner != thread:
-                x, start, x_stride = work.tiles, thread * network.tile_span, network.tile_stride
-            gather_run(X, row, n_rows, x, start, x_stride)
             at = row * panel_width(kept)
-            layer_forward(thread, network, part, 0, work, x, start, x_stride, kept, at, row, computed(n_rows))
+            a_prev = kept, part.a_prev + at, network.kept_stride
+            if owner != thread:
+                a_prev = work.tiles, thread * network.tile_span, network.tile_stride
+            gather_run(X, row, n_rows, a_prev[0], a_prev[1], a_prev[2])
+            layer_forward(thread, network, part, 0, work, a_prev, kept, at, row, computed(n_rows))
 
 
 @compiled
-def layer_forward(thread, network, layer, index, work, a_prev, a_prev_start, a_prev_stride, kept, at, row, n_rows):
-    """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks; a_prev may be the thread's tile."""
+def layer_forward(thread, network, layer, index, work, a_prev, kept, at, row, n_rows):
+    """a = σ(a_prev W + b), with dropout, for a tile of whole half blocks; a_prev, as `gemm_nn` takes it, may be any."""
     stride, count, panel = network.kept_stride, n_rows * panel_width(kept), panel_width(kept)
     z = (layer.z if layer.from_z else layer.a) + at
-    scratch = work.scratch[thread]
-    pre_activation(layer, work.packed, a_prev, a_prev_start, a_prev_stride, kept, z, stride, n_rows, scratch)
+    pre_activation(layer, work.packed, a_prev, (kept, z, stride), n_rows, work.scratch[thread])
     factors = thread * network.tile_span
     if layer.dropout > 0:
         draw_factors(network, layer, index, work.tiles, factors, row, n_rows)
@@ -281,16 +279,14 @@ def draw_factors(network, layer, index, factors, start, row, n_rows):
 def output_forward(thread, network, layer, work, kept, at, row, n_rows):
     """The output layer's rows of `out`: nothing of it is kept where σ is the identity."""
     out = vector(network.out, network.n_rows * layer.n_out, kept)
-    to = row * layer.n_out
+    to, a_prev = row * layer.n_out, (kept, layer.a_prev + at, network.kept_stride)
     if layer.sigma == IDENTITY:
         tile, tiles, stride = thread * network.tile_span, work.tiles, network.tile_stride
-        a_prev, blocks = layer.a_prev + at, computed(n_rows)
-        scratch = work.scratch[thread]
-        pre_activation(layer, work.packed, kept, a_prev, network.kept_stride, tiles, tile, stride, blocks, scratch)
+        z, blocks = (tiles, tile, stride), computed(n_rows)
+        pre_activation(layer, work.packed, a_prev, z, blocks, work.scratch[thread])
         unpack(0, 1, tiles, tile, stride, n_rows, layer.n_out, out, to)
     else:
-        a_prev, stride, index = layer.a_prev + at, network.kept_stride, network.n_layers - 1
-        layer_forward(thread, network, layer, index, work, kept, a_prev, stride, kept, at, row, computed(n_rows))
+        layer_forward(thread, network, layer, network.n_layers - 1, work, a_prev, kept, at, row, computed(n_rows))
         unpack(0, 1, kept, layer.a + at, network.kept_stride, n_rows, layer.n_out, out, to)
 
 
@@ -392,40 +388,24 @@ def multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_
 def layer_backward(thread, network, layer, index, next_layer, work, kept, deltas, at, at_delta, row, n_rows):
     """δ = (δ_next W_nextᵀ) ⊙ σ′(z), for a tile of whole half blocks."""
     stride = network.delta_stride
-    start, to = next_layer.delta + at_delta, layer.delta + at_delta
-    times_transposed(thread, next_layer, work, deltas, start, stride, deltas, to, stride, n_rows)
+    delta_next, delta = (deltas, next_layer.delta + at_delta, stride), (deltas, layer.delta + at_delta, stride)
+    times_transposed(thread, next_layer, work, delta_next, delta, n_rows)
     multiply_by_sigma(thread, network, layer, index, work, kept, deltas, at, at_delta, row, n_rows)
 
 
 @compiled
-def times_transposed(thread, layer, work, delta, delta_start, delta_stride, c, c_start, c_stride, n_rows):
-    """C = δ Wᵀ."""
-    gemm_nn(
-        delta,
-        delta_start,
-        delta_stride,
-        work.transposed,
-        layer.T,
-        layer.T_stride,
-        c,
-        c_start,
-        c_stride,
-        n_rows,
-        layer.n_out,
-        layer.n_in,
-        work.zeros,
-        0,
-        0,
-        work.scratch[thread],
-    )
+def times_transposed(thread, layer, work, delta, c, n_rows):
+    """C = δ Wᵀ; both as `gemm_nn` takes matrices."""
+    T, shape = (work.transposed, layer.T, layer.T_stride), (n_rows, layer.n_out, layer.n_in)
+    gemm_nn(delta, T, c, shape, (work.zeros, 0, 0), work.scratch[thread])
 
 
 @compiled
 def input_gradient(thread, network, layer, work, deltas, at_delta, row, n_rows):
     """Rows of ∂C/∂X = δ Wᵀ of the first layer."""
     tile, stride = thread * network.tile_span, network.tile_stride
-    delta, blocks = layer.delta + at_delta, computed(n_rows)
-    times_transposed(thread, layer, work, deltas, delta, network.delta_stride, work.tiles, tile, stride, blocks)
+    delta = deltas, layer.delta + at_delta, network.delta_stride
+    times_transposed(thread, layer, work, delta, (work.tiles, tile, stride), computed(n_rows))
     dX = vector(network.dX, network.n_rows * layer.n_in, deltas)
     unpack(0, 1, work.tiles, tile, stride, n_rows, layer.n_in, dX, row * layer.n_in)
 
@@ -439,25 +419,17 @@ def sum_weights(thread, network, layer, work, kept, deltas, at, at_delta, n_rows
     panel, n_out = panel_width(kept), (layer.n_out + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
     for p in range((layer.n_in + panel - 1) // panel):
         gemm_tn(
-            deltas,
-            layer.delta + at_delta,
-            network.delta_stride,
-            0,
-            n_out,
-            kept,
-            layer.a_prev + at,
-            network.kept_stride,
+            (deltas, layer.delta + at_delta, network.delta_stride),
+            (0, n_out),
+            (kept, layer.a_prev + at, network.kept_stride),
             p,
-            work.gradients[thread],
-            layer.T + p * layer.T_stride,
-            n_rows,
-            layer.n_in,
+            (work.gradients[thread], layer.T + p * layer.T_stride),
+            (n_rows, layer.n_in),
             accumulate,
+            work.zeros,
             work.scratch[thread],
             p == 0,
-            work.zeros,
-            work.packed,
-            -1,
+            (work.packed, -1),
         )
 
 
@@ -546,25 +518,17 @@ def group_of_blocks(thread, network, layer, work, kept, deltas, p, first, last, 
     panel, chunk = panel_width(kept), network.chunk_rows
     for row in range(first_row, last_row, chunk):
         gemm_tn(
-            deltas,
-            layer.delta + row * panel,
-            network.delta_stride,
-            first * BLOCK_ROWS,
-            last * BLOCK_ROWS,
-            kept,
-            layer.a_prev + row * panel,
-            network.kept_stride,
+            (deltas, layer.delta + row * panel, network.delta_stride),
+            (first * BLOCK_ROWS, last * BLOCK_ROWS),
+            (kept, layer.a_prev + row * panel, network.kept_stride),
             p,
-            work.gradients[thread],
-            to,
-            min(chunk, last_row - row),
-            layer.n_in,
+            (work.gradients[thread], to),
+            (min(chunk, last_row - row), layer.n_in),
             row > 0,
+            work.zeros,
             work.scratch[thread],
             fresh,
-            work.zeros,
-            work.packed,
-            -1,
+            (work.packed, -1),
         )
 
 

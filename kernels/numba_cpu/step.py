@@ -248,23 +248,12 @@ def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, d
 @compiled
 def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
     """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
-    passes = memory.passes
     last = plan.n_layers - 1
     for index in range(plan.split_columns, last):
         dense_forward(thread, plan, layers[index], index, memory, n_rows, at, row, dropout_step)
-    layer = layers[last]
-    pre_activation(
-        layer,
-        memory.parameters,
-        passes,
-        layer.a_prev + at,
-        plan.stride,
-        passes,
-        layer.a + at,
-        plan.stride,
-        n_rows,
-        memory.scratch[thread],
-    )
+    layer, passes = layers[last], memory.passes
+    a_prev, z = (passes, layer.a_prev + at, plan.stride), (passes, layer.a + at, plan.stride)
+    pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
 
 
 @compiled
