@@ -195,12 +195,12 @@ def test_a_product_of_columns_is_as_exact_as_float32(first, last, depth):
 @needs_amx
 def test_a_long_sum_is_no_less_exact_than_numpys():
     A, B = (np.random.default_rng(seed).random((512, 4096), np.float32) for seed in range(2))
-    exact = A.astype(float) @ B.astype(float).T
+    exact = A.astype(float) @ B.astype(float).T + 3
     c, scratch = np.zeros(512 * 512, np.float32), scratch_for(512, 4096)
     b = in_panels(np.ascontiguousarray(B.T), 4096)
-    a, bias = (in_panels(A, 512), 0, 512 * PANEL), (np.zeros(512, np.float32), 0, PANEL)
+    a, bias = (in_panels(A, 512), 0, 512 * PANEL), (np.full(512, 3, np.float32), 0, PANEL)
     product_nn(a, (b, 0, 4096 * PANEL), (c, 0, 512 * PANEL), (512, 4096, 512), bias, scratch)
-    errors = [np.abs(found - exact).max() for found in (row_major(c, 512, 512), A @ B.T)]
+    errors = [np.abs(found - exact).max() for found in (row_major(c, 512, 512), A @ B.T + 3)]
     assert 0 < errors[0] <= 2 * errors[1]
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call  # noqa: E402
 
 from backprop_gpu import _torch_passes  # noqa: E402
 from backprop_gpu._torch_passes import Compiled, Fused, Operations  # noqa: E402
-from backprop_gpu.backends import cpu_passes  # noqa: E402
+from backprop_gpu.backends import cpu_passes, cpu_plan  # noqa: E402
 from backprop_gpu.backends.passes import Dropout, Network  # noqa: E402
 from backprop_gpu.torch import FusedMLP, Sine, from_mlp, from_torch, to_mlp  # noqa: E402
 
@@ -89,6 +89,21 @@ def on_threads(monkeypatch):
 
     yield use
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n_rows", [131, 421])
+def test_wide_layers(n_rows, threads, on_threads, monkeypatch):
+    """Large enough for a unit of its own, where there is one, and for sums of several chunks."""
+    monkeypatch.setattr(cpu_plan, "CHUNK_ROWS_OF_THIRDS", 192)
+    on_threads(threads)
+    mlp, plain = _pair([160, 300, 224, 130], "tanh")
+    X, d_out = torch.randn(n_rows, 160), torch.randn(n_rows, 130)
+    wanted = _gradients(copy.deepcopy(plain).double(), X.double(), d_out)
+    for actual, expected in zip(_gradients(mlp, X, d_out), wanted, strict=True):
+        assert _gap(actual, expected) <= FLOAT32
+    again = _gradients(mlp, X, d_out)
+    assert all(map(torch.equal, again, _gradients(mlp, X, d_out)))
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["PyTorch's threads", "threads of our own"])
