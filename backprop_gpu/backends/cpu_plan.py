@@ -119,7 +119,7 @@ other's parameters: 3.5 and 3.7; 4.6 and 5.8; 0.71 and 1.7.
 """
 
 
-CHUNK_ROWS, CHUNK_ROWS_OF_THIRDS = ROWS_OF_SUM, 1024
+CHUNK_ROWS, CHUNK_ROWS_OF_THIRDS = ROWS_OF_SUM, amx.MOST_DEPTH
 """Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""
 
 ROWS_OF_TWO = 2 * thirds.ROWS // BLOCK_ROWS
@@ -136,7 +136,7 @@ def by_thirds(dtype: Any) -> bool:
 
 def chunk_rows(dtype: Any) -> int:
     """Rows over which a block of ∂C/∂W is summed in one go."""
-    return CHUNK_ROWS_OF_THIRDS if by_thirds(dtype) else CHUNK_ROWS
+    return int(CHUNK_ROWS_OF_THIRDS if by_thirds(dtype) else CHUNK_ROWS)
 
 
 def together(dtype: Any, n_rows: int) -> bool:
@@ -149,7 +149,7 @@ def n_scratch(dtype: Any, products: Iterable[tuple[int, int, int]]) -> int:
     if not by_thirds(dtype):
         return 0
     split = ((rows, depth) for rows, depth, columns in products if amx.gain(rows, columns) >= amx.LEAST_GAIN)
-    return max((thirds.entries(rows, depth) for rows, depth in split), default=0)
+    return max((thirds.entries(rows, min(depth, amx.MOST_DEPTH)) for rows, depth in split), default=0)
 
 
 def products_of(layer_sizes: Sequence[int], rows: int, chunk: int, columns: int) -> Iterable[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.processor import HAS_AMX
 from backprop_gpu.kernels.numba_cpu.thirds import LEFT_STEP, PANEL, RIGHT_STEP, ROWS, STEP, TILE, split_pair, steps_in
 
-__all__ = ["LEAST_GAIN", "PAIRS_MEANWHILE", "begin", "by_thirds", "end", "gain", "in_tiles", "multiply"]
+__all__ = ["LEAST_GAIN", "MOST_DEPTH", "PAIRS_MEANWHILE", "begin", "by_thirds", "end", "gain", "in_tiles", "multiply"]
 
 SUMS, LEFT, RIGHT = (0, 2), (4, 5), (6, 7)
 """The tile registers: of the sums, two for each 16 rows; of the left and of the right factor."""
@@ -57,8 +57,9 @@ def by_thirds(x, n_rows, depth, n_columns):
     return is_split(x) and _gain(n_rows, n_columns) * depth >= LEAST_GAIN * STEP * steps_in(depth)
 
 
-STEPS_OF_SUM = 32
-"""Steps that are summed in one go: a longer float32 sum costs digits."""
+MOST_DEPTH = 1024
+"""Of the inner dimension, summed in one go: the left factor of 128 rows takes 768 KiB so, and a longer sum costs
+digits. With 2048 columns of a_prev in one go, 128 rows took as long as by vectors."""
 
 PAIRS_MEANWHILE = 4
 """Of each step of the next panel, of 16, that are split while 32 rows are multiplied: one after each product of thirds,
@@ -109,35 +110,27 @@ def end(x):
 def multiply(
     thirds, left, steps, right, n_rows, c, start, bias, bias_start, accumulate, x, x_start, depth, to, first_pair
 ):
-    """C = A B + bias, or C += A B + bias, for n_rows, at most 32, of A and one panel of B; C is a panel.
+    """C = A B + bias, or C += A B, for n_rows, at most 32, of A and one panel of B; C is a panel.
 
     thirds : the factors, from `left` and `right` on, after a panel's block for C; bias : added to every row. Meanwhile
     the pairs from first_pair to first_pair + PAIRS_MEANWHILE, if there are any, of the whole steps of the next panel of
     B, at x_start in x, are split into thirds[to]: this takes no time. Returns the next such pair.
     """
-    splits = first_pair < ROWS < n_rows
-    for low in range(0, steps, STEPS_OF_SUM):
-        high, adds = min(low + STEPS_OF_SUM, steps), accumulate or low > 0
-        direct = n_rows % ROWS == 0 and not adds
-        into, at = (c, start) if direct else (thirds, 0)
-        if n_rows <= ROWS:
-            _one_tile(
-                thirds, left, right, steps, low, high, into, at, bias, bias_start, x, x_start, depth, to, first_pair
-            )
-        elif splits:
-            _two_tiles_and_split(
-                thirds, left, right, steps, low, high, into, at, bias, bias_start, x, x_start, depth, to, first_pair
-            )
-        else:
-            _two_tiles(
-                thirds, left, right, steps, low, high, into, at, bias, bias_start, x, x_start, depth, to, first_pair
-            )
-        if adds:
-            for i in range(n_rows * PANEL):
-                c[start + i] += thirds[i]
-        elif not direct:
-            for i in range(n_rows * PANEL):
-                c[start + i] = thirds[i]
+    direct, splits = n_rows % ROWS == 0 and not accumulate, first_pair < ROWS < n_rows
+    into, at = (c, start) if direct else (thirds, 0)
+    factors, source = (thirds, left, right, steps), (x, x_start, depth, to, first_pair)
+    if n_rows <= ROWS:
+        _one_tile(factors, (into, at), (bias, bias_start), accumulate, source)
+    elif splits:
+        _two_tiles_and_split(factors, (into, at), (bias, bias_start), accumulate, source)
+    else:
+        _two_tiles(factors, (into, at), (bias, bias_start), accumulate, source)
+    if accumulate:
+        for i in range(n_rows * PANEL):
+            c[start + i] += thirds[i]
+    elif not direct:
+        for i in range(n_rows * PANEL):
+            c[start + i] = thirds[i]
     return first_pair + PAIRS_MEANWHILE if splits else first_pair
 
 
@@ -170,31 +163,19 @@ def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
 
 def _block(n_tiles: int, n_pairs: int) -> Any:
     @intrinsic
-    def block(
-        typing_context,
-        thirds,
-        left,
-        right,
-        steps,
-        low,
-        high,
-        c,
-        start,
-        bias,
-        bias_start,
-        x,
-        x_start,
-        depth,
-        to,
-        first_pair,
-    ):
+    def block(typing_context, factors, C, bias, without_bias, following):
         """n_tiles of A by a panel of B, written whole; n_pairs of each whole step of the next panel are split."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if not HAS_AMX or signature.args[6].dtype != types.float32:
+            if not HAS_AMX or signature.args[1][0].dtype != types.float32:
                 return context.get_dummy_value()
-            _, left, right, steps, low, high, _, start, _, bias_start, _, x_start, depth, to, first_pair = arguments
-            thirds, c, bias, x = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 6, 8, 10))
+
+            def unpacked(i: int) -> Any:
+                array, *numbers = cgutils.unpack_tuple(builder, arguments[i])
+                return _data(context, builder, signature.args[i][0], array), *numbers
+
+            (thirds, left, right, steps), (c, start) = unpacked(0), unpacked(1)
+            (bias, bias_start), (x, x_start, depth, to, first_pair) = unpacked(2), unpacked(4)
             tiles, blocks = _Tiles(builder), [(r, half) for r in range(n_tiles) for half in range(2)]
 
             def step(index: Any, n_pairs: int) -> None:
@@ -214,30 +195,25 @@ def _block(n_tiles: int, n_pairs: int) -> Any:
                         pair = builder.add(first_pair, SIZE(number))
                         split_pair(builder, x, from_row, thirds, builder.add(to, column), pair)
 
-            with builder.if_else(builder.icmp_unsigned("==", low, SIZE(0))) as (first, later):
-                with first:
-                    for r, half in blocks:  # every row is the same: the next one is 0 bytes away
-                        tiles.call("tileloadd64", SUMS[r] + half, tiles.address(bias, bias_start, half * ROWS), SIZE(0))
-                with later:
+            with builder.if_else(arguments[3]) as (without, with_bias):
+                with without:
                     for r, half in blocks:
                         tiles.call("tilezero", SUMS[r] + half)
-            whole = high
-            if n_pairs:  # the next panel has something in its last step too, but not 32 rows
-                whole = builder.udiv(depth, SIZE(STEP))
-                whole = builder.select(builder.icmp_unsigned("<", whole, high), whole, high)
-            with cgutils.for_range_slice(builder, low, whole, SIZE(1)) as (index, _):
-                step(index, n_pairs)
-            with builder.if_then(builder.icmp_unsigned("<", whole, high)):
+                with with_bias:
+                    for r, half in blocks:  # every row is the same: the next one is 0 bytes away
+                        tiles.call("tileloadd64", SUMS[r] + half, tiles.address(bias, bias_start, half * ROWS), SIZE(0))
+            # The next panel has something in its last step too, but not 32 rows.
+            whole = builder.udiv(depth, SIZE(STEP)) if n_pairs else steps
+            with cgutils.for_range(builder, whole) as loop:
+                step(loop.index, n_pairs)
+            with builder.if_then(builder.icmp_unsigned("<", whole, steps)):
                 step(whole, 0)
             for r, half in blocks:
                 place = tiles.address(c, start, r * ROWS * PANEL + half * ROWS)
                 tiles.call("tilestored64", SUMS[r] + half, place, SIZE(2 * LINE))
             return context.get_dummy_value()
 
-        size = types.intp
-        return types.void(
-            thirds, size, size, size, size, size, c, size, bias, size, x, size, size, size, size
-        ), generate
+        return types.void(factors, C, bias, without_bias, following), generate
 
     return block
 

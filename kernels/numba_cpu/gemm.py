@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backprop_gpu.kernels.numba_cpu.amx import by_thirds, in_tiles, multiply
+from backprop_gpu.kernels.numba_cpu.amx import MOST_DEPTH, by_thirds, in_tiles, multiply
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
 from backprop_gpu.kernels.numba_cpu.thirds import (
@@ -410,6 +410,16 @@ def gemm_nn(A, B, C, shape, bias, scratch):
 @compiled
 def _gemm_nn_by_thirds(A, B, C, shape, bias, scratch):
     """See `gemm_nn`; just n_rows are read and written."""
+    (a, a_start, a_stride), (b, b_start, b_stride), panel = A, B, panel_width(A[0])
+    n_rows, depth, n_columns = shape
+    for k in range(0, depth, MOST_DEPTH):
+        some_A, some_B = (a, a_start + k // panel * a_stride, a_stride), (b, b_start + k * panel, b_stride)
+        some_of_nn(some_A, some_B, C, (n_rows, min(MOST_DEPTH, depth - k), n_columns), bias, k > 0, scratch)
+
+
+@compiled
+def some_of_nn(A, B, C, shape, bias, accumulate, scratch):
+    """C = A B + bias, or C += A B, for a depth up to MOST_DEPTH."""
     (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start, c_stride) = A, B, C
     (n_rows, depth, n_columns), (bias, bias_start, bias_step) = shape, bias
     panel, steps = panel_width(a), steps_in(depth)
@@ -424,7 +434,7 @@ def _gemm_nn_by_thirds(A, B, C, shape, bias, scratch):
             here, rows = left + row // ROWS * steps * LEFT_STEP, min(2 * ROWS, n_rows - row)
             block, offset = c_start + p * c_stride + row * panel, bias_start + p * bias_step
             pair = multiply(
-                scratch, here, steps, right, rows, c, block, bias, offset, False, b, following, depth, other, pair
+                scratch, here, steps, right, rows, c, block, bias, offset, accumulate, b, following, depth, other, pair
             )
         if p < n_panels - 1:
             split_panel(b, following, depth, pair, scratch, other)
@@ -435,7 +445,8 @@ def _gemm_nn_by_thirds(A, B, C, shape, bias, scratch):
 def gemm_tn(A, columns, B, p, C, shape, accumulate, zeros, scratch, fresh, to_write):
     """Panel p of C = AᵀB, for the columns first … last − 1 of A, whole blocks, or of C += AᵀB; its padding becomes 0.
 
-    columns : (first, last); C : (array, where the panel's row `first` begins); shape : (rows of A and B, columns of B);
+    columns : (first, last); C : (array, where the panel's row `first` begins); shape : (rows of A and B, columns of B),
+    of rows MOST_DEPTH at the most if it is by thirds;
     zeros : a panel's width; scratch : as many entries as `thirds.entries` says; fresh : unless the last call with this
     scratch was for the panel before, and otherwise alike; to_write : what is asked for meanwhile, as C, to be written;
     nothing, if its place is negative.
