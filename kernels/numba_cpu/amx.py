@@ -23,17 +23,17 @@ __all__ = ["LEAST_GAIN", "MOST_DEPTH", "PAIRS_MEANWHILE", "begin", "by_thirds", 
 SUMS, LEFT, RIGHT = (0, 2), (4, 5), (6, 7)
 """The tile registers: of the sums, two for each 16 rows; of the left and of the right factor."""
 
-PAIRS = ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))
+PRODUCTS = ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))
 """The thirds that are multiplied, in this order: so two tiles of the left factor stay for the next product."""
 
 
-def is_split(x):  # type: ignore[no-untyped-def]
+def is_split(x: Any) -> bool:
     """Whether products of arrays like x may be computed here; in compiled code a constant."""
-    return HAS_AMX and x.dtype == np.float32
+    return bool(HAS_AMX and x.dtype == np.float32)
 
 
 @overload(is_split, jit_options={"nogil": True})
-def _is_split(x):  # type: ignore[no-untyped-def]
+def _is_split(x):
     result = HAS_AMX and x.dtype == types.float32
     return lambda x: result
 
@@ -181,7 +181,7 @@ def _block(n_tiles: int, n_pairs: int) -> Any:
             def step(index: Any, n_pairs: int) -> None:
                 rows = [builder.mul(builder.add(builder.mul(steps, SIZE(r)), index), SIZE(LEFT_STEP)) for r in (0, 1)]
                 column, before = builder.mul(index, SIZE(RIGHT_STEP)), (None, None)
-                for number, (i, j) in enumerate(PAIRS):
+                for number, (i, j) in enumerate(PRODUCTS):
                     for r in range(n_tiles) if i != before[0] else ():
                         tiles.call("tileloadd64", LEFT[r], tiles.address(thirds, left, rows[r], i * TILE), SIZE(LINE))
                     for half in range(2) if j != before[1] else ():
