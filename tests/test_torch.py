@@ -832,8 +832,8 @@ def test_memory_of_few_sizes_is_kept_and_none_that_is_small_or_huge(monkeypatch)
 @pytest.mark.parametrize("sizes", [(32, 64, 64, 16), (300, 257, 131, 7)])
 def test_graphs_that_are_alive_at_the_same_time_keep_memory_of_their_own(sizes):
     mlp, plain = _pair(sizes)
-    inputs = [torch.randn(1031, sizes[0]) for _ in range(3)]
-    d_out = torch.randn(1031, sizes[-1])
+    inputs = [torch.randn(2053, sizes[0]) for _ in range(3)]
+    d_out = torch.randn(2053, sizes[-1])
     for module in (mlp, plain):
         for _ in range(2):  # the second time in memory of the first
             module.zero_grad()
