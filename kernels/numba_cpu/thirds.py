@@ -3,7 +3,7 @@
     x = x₁ + x₂ + x₃        x₁ is x rounded to bfloat16, x₂ what is left, rounded, x₃ what is left then: exactly x
     x y ≈ x₁y₁ + x₁y₂ + x₂y₁ + x₁y₃ + x₂y₂ + x₃y₁
 
-The three products that are left out are 2⁻²⁴ of |x y| at most, as much as one rounding of float32. That unit rounds a
+The three products that are left out are about 2⁻²⁴ of |x y| at most, one rounding of float32. That unit rounds a
 sum once for 32 products of each kind, so a long sum is more exact than one of fused multiply-adds. An x whose x₃ is
 below the smallest normal number (|x| < 2⁻¹⁰²) loses it; an infinite x, or one above 3.39e38, becomes NaN.
 
