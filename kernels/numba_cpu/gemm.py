@@ -21,16 +21,24 @@ from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.amx import MOST_DEPTH, by_thirds, in_tiles, multiply
 from backprop_gpu.kernels.numba_cpu.compile import compiled
-from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, VECTORS, panel_width
+from backprop_gpu.kernels.numba_cpu.panels import (
+    BLOCK_ROWS,
+    HALF_BLOCK_ROWS,
+    VECTOR_BYTES,
+    VECTORS,
+    first_entry,
+    panel_width,
+)
 from backprop_gpu.kernels.numba_cpu.thirds import (
     BLOCK,
     LEFT_STEP,
     RIGHT_STEP,
     ROWS,
-    split_columns,
-    split_panel,
-    split_rows,
     steps_in,
+    thirds_of_columns,
+    thirds_of_panel,
+    thirds_of_rows,
+    transposed,
 )
 
 __all__ = [
@@ -106,14 +114,6 @@ class _Vectors:
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         name = f"llvm.fmuladd.v{self.lanes}f{8 * self.itemsize}"
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [x, y, z])
-
-    def interleave(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """x₀, y₀, x₁, y₁, …, as two vectors."""
-        lanes = [n for i in range(self.lanes) for n in (i, self.lanes + i)]
-        masks = (lanes[: self.lanes], lanes[self.lanes :])
-        kind = ir.VectorType(ir.IntType(32), self.lanes)
-        low, high = (self.builder.shuffle_vector(x, y, ir.Constant(kind, mask)) for mask in masks)
-        return low, high
 
     def prefetch(self, pointer: Any, to_write: int, locality: int) -> None:
         """Ask for the cache line there; nothing happens where there is none."""
@@ -203,11 +203,6 @@ class _Block:
                 self.vectors.store(total, pointer)
 
 
-def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    """The address of an array's first element."""
-    return context.make_array(array_type)(context, builder, array).data
-
-
 def _for_each_width(builder: Any, n_vectors: Any, generate: Callable[[int], None]) -> None:
     """The code of `generate` for as many vectors a row as are in use, of which each number has its own."""
     for width in range(1, VECTORS + 1):
@@ -227,7 +222,7 @@ def _block_nn(n_rows: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, a_start, a_stride, _, b_start, _, c_start, depth, _, bias_start, n_vectors, ahead = arguments
-            a, b, c, bias = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
+            a, b, c, bias = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
 
             def generate_width(width: int) -> None:
                 vectors = _Vectors(builder, signature.args[0].dtype, width)
@@ -272,7 +267,7 @@ def _block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumul
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, a_start, _, b_start, _, c_start, depth, accumulate, n_vectors = arguments
-        a, b, c = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
+        a, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
 
         def generate_width(width: int) -> None:
             vectors = _Vectors(builder, signature.args[0].dtype, width)
@@ -294,7 +289,7 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x_start, _, sums_start, n_rows, accumulate = arguments
-        x, sums = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        x, sums = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
         vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
         block = _Block(vectors, n_rows=1)
         block.start_from([vectors.zero] * VECTORS)
@@ -313,7 +308,7 @@ def copy_vectors(typing_context, x, x_start, y, y_start, n_vectors):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x_start, _, y_start, n_vectors = arguments
-        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
+        x, y = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
 
         def generate_width(width: int) -> None:
             vectors = _Vectors(builder, signature.args[0].dtype, width)
@@ -334,7 +329,7 @@ def _prefetch(to_write: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
-            start = vectors.pointer(_data(context, builder, signature.args[0], arguments[0]), arguments[1])
+            start = vectors.pointer(first_entry(context, builder, signature.args[0], arguments[0]), arguments[1])
             for pointer in vectors.row(start, 0):
                 vectors.prefetch(pointer, to_write, IN_FIRST_LEVEL)
             return context.get_dummy_value()
@@ -353,14 +348,11 @@ def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x_start, x_step, _, y_start, y_step = arguments
-        x, y = (_data(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
+        x, y = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
         vectors = _Vectors(builder, signature.args[0].dtype, 1, lanes=BLOCK_ROWS)
         x, y = vectors.pointer(x, x_start), vectors.pointer(y, y_start)
         rows = [vectors.load(vectors.pointer(x, builder.mul(SIZE(i), x_step))) for i in range(BLOCK_ROWS)]
-        half = BLOCK_ROWS // 2
-        for _ in range(half.bit_length()):  # log₂ BLOCK_ROWS perfect shuffles of the rows are a transposition
-            rows = [row for i in range(half) for row in vectors.interleave(rows[i], rows[i + half])]
-        for i, row in enumerate(rows):
+        for i, row in enumerate(transposed(builder, rows)):
             vectors.store(row, vectors.pointer(y, builder.mul(SIZE(i), y_step)))
         return context.get_dummy_value()
 
@@ -425,8 +417,8 @@ def some_of_nn(A, B, C, shape, bias, accumulate, scratch):
     panel, steps = panel_width(a), steps_in(depth)
     right, other = BLOCK, BLOCK + steps * RIGHT_STEP
     left = other + steps * RIGHT_STEP
-    split_rows(a, a_start, a_stride, n_rows, depth, scratch, left)
-    split_panel(b, b_start, depth, 0, scratch, right)
+    thirds_of_rows(a, a_start, a_stride, n_rows, depth, scratch, left)
+    thirds_of_panel(b, b_start, depth, 0, scratch, right)
     n_panels = (n_columns + panel - 1) // panel
     for p in range(n_panels):
         following, pair = b_start + (p + 1) * b_stride, 0 if p < n_panels - 1 else ROWS
@@ -437,7 +429,7 @@ def some_of_nn(A, B, C, shape, bias, accumulate, scratch):
                 scratch, here, steps, right, rows, c, block, bias, offset, accumulate, b, following, depth, other, pair
             )
         if p < n_panels - 1:
-            split_panel(b, following, depth, pair, scratch, other)
+            thirds_of_panel(b, following, depth, pair, scratch, other)
         right, other = other, right
 
 
@@ -476,8 +468,8 @@ def _gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, f
     right, other = BLOCK + p % 2 * steps * RIGHT_STEP, BLOCK + (p + 1) % 2 * steps * RIGHT_STEP
     following, more = b_start + (p + 1) * b_stride, n_columns > (p + 1) * panel
     if fresh:
-        split_columns(a, a_start, a_stride, first, last, depth, scratch, left)
-        split_panel(b, b_start + p * b_stride, depth, 0, scratch, right)
+        thirds_of_columns(a, a_start, a_stride, first, last, depth, scratch, left)
+        thirds_of_panel(b, b_start + p * b_stride, depth, 0, scratch, right)
     pair = 0 if more else ROWS
     for column in range(0, last - first, 2 * ROWS):
         here, rows = left + column // ROWS * steps * LEFT_STEP, min(2 * ROWS, last - first - column)
@@ -487,7 +479,7 @@ def _gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, f
             scratch, here, steps, right, rows, c, block, zeros, 0, accumulate, b, following, depth, other, pair
         )
     if more:
-        split_panel(b, following, depth, pair, scratch, other)
+        thirds_of_panel(b, following, depth, pair, scratch, other)
 
 
 @compiled

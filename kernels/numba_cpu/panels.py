@@ -22,7 +22,16 @@ from numba.extending import overload
 
 from backprop_gpu.kernels.numba_cpu.processor import FEATURES, NAME, TRIPLE
 
-__all__ = ["BLOCK_ROWS", "HALF_BLOCK_ROWS", "VECTORS", "VECTOR_BYTES", "panel_width", "round_up", "width"]
+__all__ = [
+    "BLOCK_ROWS",
+    "HALF_BLOCK_ROWS",
+    "VECTORS",
+    "VECTOR_BYTES",
+    "first_entry",
+    "panel_width",
+    "round_up",
+    "width",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,11 @@ def panel_width(x: Any) -> int:
 def _panel_width(x):
     columns = width(str(x.dtype))
     return lambda x: columns
+
+
+def first_entry(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Code for the address of an array's first element."""
+    return context.make_array(array_type)(context, builder, array).data
 
 
 def round_up(n: int, multiple: int) -> int:

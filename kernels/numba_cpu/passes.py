@@ -110,7 +110,8 @@ class Work(NamedTuple):
     transposed: Any
     """Wᵀ of every layer, in panels."""
     gradients: Any
-    """(n_threads, ·): ∂C/∂Wᵀ with `split_rows`, else a group of blocks of it; then ∂C/∂b."""
+    """(n_threads, ·): ∂C/∂Wᵀ with `split_rows`, else a group of blocks of it, of as many panels as wait to be written;
+    then ∂C/∂b."""
     tiles: Any
     """For each thread, a tile as wide as the widest layer or X."""
     scratch: Any

@@ -5,7 +5,7 @@ A step has three phases, with a barrier after the first and after the last:
 1. passes: each thread takes its rows of the mini-batch, a tile at a time, forward through all layers, through the
    loss and backward, while the tile is in its cache. With `split_columns` it first takes all rows through the columns
    of the first layer whose weights it owns, and waits for the others;
-2. gradients: each thread owns a range of blocks of the packed parameters. With `split_rows` every thread has summed
+2. gradients: each thread owns some blocks of the packed parameters. With `split_rows` every thread has summed
    ∂C/∂W over its own rows while it had them, and the owner adds the threads' sums, in their order; without, the owner
    computes its blocks of ∂C/∂W over the whole mini-batch;
 3. update: the owner updates its blocks, which are still in its cache, and their transposed copy.

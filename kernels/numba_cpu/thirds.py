@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
-from backprop_gpu.kernels.numba_cpu.panels import round_up
+from backprop_gpu.kernels.numba_cpu.panels import first_entry, round_up
 
 __all__ = [
     "BLOCK",
@@ -37,11 +37,12 @@ __all__ = [
     "STEP",
     "TILE",
     "entries",
-    "split_columns",
     "split_pair",
-    "split_panel",
-    "split_rows",
     "steps_in",
+    "thirds_of_columns",
+    "thirds_of_panel",
+    "thirds_of_rows",
+    "transposed",
 ]
 
 ROWS, STEP = 16, 32
@@ -75,7 +76,7 @@ def steps_in(depth):
 
 
 @compiled
-def split_rows(x, start, stride, n_rows, depth, thirds, to):
+def thirds_of_rows(x, start, stride, n_rows, depth, thirds, to):
     """A = x, (n_rows, depth) in panels, as a left factor from thirds[to] on; nothing is written beyond."""
     steps = steps_in(depth)
     for s in range(steps):
@@ -85,7 +86,7 @@ def split_rows(x, start, stride, n_rows, depth, thirds, to):
 
 
 @compiled
-def split_columns(x, start, stride, first, last, depth, thirds, to):
+def thirds_of_columns(x, start, stride, first, last, depth, thirds, to):
     """A = xᵀ for the columns first … last − 1, multiples of 8, of `depth` rows of x, as a left factor."""
     steps = steps_in(depth)
     for column in range(first, last, ROWS):
@@ -99,7 +100,7 @@ def split_columns(x, start, stride, first, last, depth, thirds, to):
 
 
 @compiled
-def split_panel(x, start, depth, first_pair, thirds, to):
+def thirds_of_panel(x, start, depth, first_pair, thirds, to):
     """B = `depth` rows of one panel of x, as a right factor; of whole steps only the pairs from first_pair on."""
     for s in range(depth // STEP if first_pair >= ROWS else 0, steps_in(depth)):
         count = depth - s * STEP
@@ -169,8 +170,7 @@ def _of_float32(generate: Callable[[Any, _Source, Any], None]) -> Callable[..., 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if signature.args[0].dtype == types.float32:
             x, thirds = (
-                context.make_array(signature.args[i])(context, builder, arguments[i]).data
-                for i in (0, len(arguments) - 2)
+                first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, len(arguments) - 2)
             )
             generate(builder, _Source(builder, x, thirds, arguments[-1]), arguments)
         return context.get_dummy_value()
@@ -257,7 +257,7 @@ def _split_columns(typing_context, x, start, other, count, thirds, to):
                 for rows, pairs in zip(tiles, _in_pairs(builder, low, high), strict=True):
                     rows.append(pairs)
             for third, rows in enumerate(tiles):
-                for i, row in enumerate(_transposed(builder, rows)):
+                for i, row in enumerate(transposed(builder, rows)):
                     source.store(row, third, SIZE(i))
 
         _whole_or_not(builder, count, step)
@@ -279,12 +279,12 @@ def _row(builder: Any, source: _Source, starts: list[Any], row: Any, count: Any)
     return x if exists is None else builder.select(exists, x, ir.Constant(FLOATS, None))
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors as a square, transposed: log₂ 16 perfect shuffles."""
-    lanes = [lane for i in range(LANES) for lane in (i, LANES + i)]
-    low, high = ir.Constant(BITS, lanes[:LANES]), ir.Constant(BITS, lanes[LANES:])
-    half = len(rows) // 2
-    for _ in range(half.bit_length()):
-        pairs = zip(rows[:half], rows[half:], strict=True)
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Code for the transpose of a square of vectors: log₂ n perfect shuffles of its n rows."""
+    n, kind = len(rows), ir.VectorType(LANE, len(rows))
+    lanes = [lane for i in range(n) for lane in (i, n + i)]
+    low, high = ir.Constant(kind, lanes[:n]), ir.Constant(kind, lanes[n:])
+    for _ in range((n // 2).bit_length()):
+        pairs = zip(rows[: n // 2], rows[n // 2 :], strict=True)
         rows = [builder.shuffle_vector(x, y, mask) for x, y in pairs for mask in (low, high)]
     return rows
