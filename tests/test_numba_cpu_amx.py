@@ -2,6 +2,9 @@
 
 import ctypes
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +18,12 @@ from backprop_gpu.kernels.numba_cpu import amx, gemm, processor, thirds  # noqa:
 from backprop_gpu.kernels.numba_cpu.compile import compiled, executable  # noqa: E402
 from backprop_gpu.kernels.numba_cpu.panels import round_up  # noqa: E402
 
-needs_amx = pytest.mark.skipif(
-    not processor.HAS_AMX, reason="this processor has no AMX, or the system does not allow it"
-)
+
+def needs_amx(test):
+    """Skipped without the unit; marked, for `software_tiles`."""
+    reason = "this processor has no AMX, or the system does not allow it"
+    return pytest.mark.amx(pytest.mark.skipif(not processor.HAS_AMX, reason=reason)(test))
+
 
 PANEL, ROWS, STEP = thirds.PANEL, thirds.ROWS, thirds.STEP
 
@@ -238,7 +244,13 @@ def test_only_large_products_of_float32_are_computed_so():
 @needs_amx
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize(
-    "split", [{"split_rows": True}, {"split_rows": False}, {"split_rows": False, "split_columns": True}]
+    "split",
+    [
+        {"split_rows": True},
+        {"split_rows": True, "copies": True},
+        {"split_rows": False},
+        {"split_rows": False, "split_columns": True},
+    ],
 )
 def test_training_is_the_references(split, clip_norm, monkeypatch):
     plan = cpu_plan.Plan(2, 96, **split)
@@ -297,6 +309,21 @@ def test_there_is_scratch_memory_for_every_product(sizes, batch_size, threads):
             for n_rows, depth in itertools.product({1, 32, most // 2, most}, {1, 32, longest // 32 * 32, longest}):
                 if 0 < n_rows <= most and 0 < depth <= longest and by_thirds(x, n_rows, depth, n_columns):
                     assert thirds.entries(n_rows, min(depth, amx.MOST_DEPTH)) <= n_scratch
+
+
+# The same without the unit
+
+
+@pytest.mark.skipif(processor.HAS_AMX, reason="the unit itself is there")
+@pytest.mark.skipif("+avx512f" not in processor.FEATURES, reason="panels have the unit's width with AVX-512 alone")
+def test_the_products_with_tiles_in_software(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "software_tiles", "-m", "amx", __file__]
+    folder = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": folder, "BACKPROP_GPU_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 # The permission
