@@ -66,8 +66,13 @@ def assert_same(actual, expected, dtype):
 
 every_split = pytest.mark.parametrize(
     "split",
-    [{"split_rows": True}, {"split_rows": False}, {"split_rows": False, "split_columns": True}],
-    ids=["rows", "blocks", "columns"],
+    [
+        {"split_rows": True},
+        {"split_rows": True, "copies": True},
+        {"split_rows": False},
+        {"split_rows": False, "split_columns": True},
+    ],
+    ids=["rows", "rows, with copies", "blocks", "columns"],
 )
 
 
@@ -75,6 +80,8 @@ every_split = pytest.mark.parametrize(
 @every_split
 @pytest.mark.parametrize(("n_threads", "tile_rows"), [(1, 8), (1, 64), (2, 8), (3, 24), (7, 16)])
 def test_every_plan_gives_the_references_numbers(dtype, split, n_threads, tile_rows, monkeypatch):
+    if n_threads == 1 and split.get("copies"):
+        pytest.skip("one thread has no copies to keep alike")
     plan = cpu_plan.Plan(n_threads, panels.round_up(tile_rows, panels.BLOCK_ROWS), **split)
     monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
     X, y = draw(331, dtype=dtype)
@@ -105,6 +112,23 @@ def test_one_member_makes_the_bits_of_as_many_as_there_are_threads(split, clip_n
         found.append((run(trainer, 331, 83, alpha=1e-2), net.parameters, *job.state.values()))
     assert members == [3, 1]
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@every_split
+def test_runs_of_one_member_and_of_all_go_on_from_each_other(split, monkeypatch):
+    """Whoever did not take part in a run has the outcome all the same in the next."""
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: cpu_plan.Plan(3, 2 * panels.BLOCK_ROWS, **split))
+    X, y = draw(331)
+    vectors = {}
+    for backend in ("numpy", "cpu"):
+        net = network(backend)
+        trainer, job = trainer_of(net, X, y, 83, bp.Adam())
+        for i, least in enumerate((1, 1 << 60, 1, 1, 1 << 60, 1)):
+            monkeypatch.setattr(cpu_plan, "PRODUCTS_PER_CALL", least)
+            trainer.run(np.arange(331), np.full(4, 1e-2), np.zeros(4), 4 * i, lambda _: True)
+        vectors[backend] = net.parameters, *job.state.values()
+    for actual, expected in zip(vectors["cpu"], vectors["numpy"], strict=True):
+        assert_same(actual, expected, "float64")
 
 
 @every_split
@@ -153,6 +177,26 @@ def test_a_plan_follows_from_sizes_alone_and_never_has_idle_threads():
         (plan,) = plans
         assert plan.n_threads * panels.BLOCK_ROWS <= max(batch_size, panels.BLOCK_ROWS)
         assert plan.tile_rows % panels.BLOCK_ROWS == 0
+
+
+@pytest.mark.parametrize(("threads", "copies"), [(1, 1), (2, 2), (3, 1)])
+def test_each_of_two_threads_has_a_copy_of_a_small_network(threads, copies):
+    plans = [
+        cpu_plan.for_training(network("numpy", sizes=sizes).architecture, 1000, "float32", threads)
+        for sizes in ([30, 64, 64, 2], [784, 256, 128, 10])
+    ]
+    assert [(plan.n_threads, plan.n_copies) for plan in plans] == [(threads, copies), (threads, 1)]
+
+
+def test_copies_stay_the_same(monkeypatch):
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *_: cpu_plan.Plan(3, 16, split_rows=True, copies=True))
+    X, y = draw(331)
+    trainer, _ = trainer_of(network("cpu", dropout=0.2), X, y, 83, bp.Adam(clip_norm=0.5))
+    run(trainer, 331, 83, alpha=1e-2)
+    for vectors in trainer.memory[:4]:
+        assert len(vectors) == 3
+        assert vectors[0].any()
+        assert (vectors == vectors[0]).all()
 
 
 def blocks_of(layout):
@@ -404,7 +448,8 @@ def gradient(backend, dtype, X, y, sizes):
     trainer, _ = trainer_of(net, X, y, len(X), bp.SGD(clip_norm=1e30))  # for which the whole gradient is kept
     run(trainer, len(X), len(X))
     flat = np.empty_like(net.parameters)
-    step.store(0, 1, trainer.layers, trainer.memory.gradients[0], flat)
+    memory = trainer.memory
+    step.store(0, 1, trainer.layers, memory.sums[0] if trainer.plan.copies else memory.gradients[0], flat)
     return flat
 
 
@@ -639,7 +684,7 @@ def test_dropout_of_the_operations_is_the_contracts():
 
 def padding(trainer):
     """Which entries of the packed parameters are none of the network's."""
-    used = np.zeros_like(trainer.memory.parameters)
+    used = np.zeros_like(trainer.memory.parameters[0])
     step.load(0, 1, trainer.layers, np.ones_like(trainer.job.parameters), used)
     return used == 0
 
@@ -660,7 +705,7 @@ def test_the_padding_of_every_vector_stays_zero(split, optimizer, monkeypatch):
     unused = padding(trainer)
     assert unused.any()
     for vector in (trainer.memory.parameters, trainer.memory.slot_1, trainer.memory.slot_2):
-        assert not vector[unused[: vector.size]].any()
+        assert not vector[:, unused[: vector.shape[1]]].any()
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3"])

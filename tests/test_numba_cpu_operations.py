@@ -1,6 +1,8 @@
 """The compiled losses, updates and dropout masks of `kernels/numba_cpu` against the NumPy reference, tile by tile."""
 
 import math
+import platform
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from backprop_gpu.kernels.numba_cpu import dropout as dropouts
 from backprop_gpu.kernels.numba_cpu import output_delta as losses
 from backprop_gpu.kernels.numba_cpu import update as updates
 from backprop_gpu.kernels.numba_cpu.compile import executable
+from backprop_gpu.kernels.numba_cpu.gemm import claim_panel
 from backprop_gpu.kernels.numba_cpu.network import Batches
+from backprop_gpu.kernels.numba_cpu.panels import VECTORS, panel_width
 
 REFERENCE = NumpyBackend()
 
@@ -618,6 +622,23 @@ def test_add(dtype):
     expected[3:91] += y[3:91]
     add(x, y, 3, 91)
     assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_claim_stores_a_number_of_every_cache_line_again_as_it_is(dtype):
+    bits = np.random.default_rng(0).integers(0, 256, 3 * panel_width(np.empty(0, dtype)) * np.dtype(dtype).itemsize)
+    x = bits.astype(np.uint8).view(dtype)  # NaN among them
+    before = x.tobytes()
+
+    @executable
+    def claim(x):
+        claim_panel(x, panel_width(x))
+
+    claim(x)
+    assert x.tobytes() == before
+    (code,) = claim.inspect_asm().values()
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert len(re.findall(r"movq\s+%\w+, [^%]*\(%", code)) >= VECTORS
 
 
 # Dropout

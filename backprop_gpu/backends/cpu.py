@@ -83,7 +83,7 @@ class CpuBackend(NumpyBackend):
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
-        step.load(0, 1, layout.layers, plain(parameters), memory.parameters)
+        step.load(0, 1, layout.layers, plain(parameters), memory.parameters[0])
         arguments = record, layout.layers, plain(X), memory, WANTED[wanted], _flat(outputs), labels, sums
         threading.require(step.infer(plan.n_threads, UNUSED, arguments))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))

@@ -151,12 +151,12 @@ class StepTrainer(Trainer):
     def _end_early(self, losses: Array, vectors: tuple[Array, ...], guarded: bool) -> None:
         """What `step.part_of_train` does after the last step, of a run that was ended before it."""
         memory = self.memory
-        total = operations.squares(memory.parameters) + losses.sum()
+        total = operations.squares(memory.parameters[0]) + losses.sum()
         if guarded and not np.isfinite(total):
             return
         for flat, packed in zip(vectors, (memory.parameters, memory.slot_1, memory.slot_2), strict=True):
             if flat.size:
-                step.store(0, 1, self.layers, packed, flat)
+                step.store(0, 1, self.layers, packed[0], flat)
         self.norms[0, 1] = total
 
     def _note_speed(self, steps_per_second: float) -> None:
@@ -188,7 +188,7 @@ class StepTrainer(Trainer):
             )
             cost += float(losses[:, 0].sum())
         flat = plain(gradients)
-        step.store(0, 1, self.layers, self.memory.slot_1, flat)
+        step.store(0, 1, self.layers, self.memory.slot_1[0], flat)
         if flat is not gradients:
             gradients[...] = flat
         return cost

@@ -21,10 +21,8 @@ def weight_gradients(thread, plan, layer, memory, row, first, last, shift, n_row
     """dW of the layer's blocks first … last − 1, over n_rows rows from `at` on.
 
     They go into gradients[row], `shift` entries before their place among the parameters.
-    last_time : the update follows, so the parameters are asked for in the meantime. Other cores have copies of them,
-    which have to be given up before they change: network M takes 420 in place of 460 µs a step on two cores of a Zen 5
-    that share no cache, and 300 either way on two that do; fresh : unless the thread's last call had the same rows and
-    columns of a_prev.
+    last_time : the update follows, so the parameters, of which other cores have copies, are claimed in the meantime;
+    fresh : unless the thread's last call had the same rows and columns of a_prev.
     """
     passes, panel = memory.passes, panel_width(memory.passes)
     in_panel, before_low, before_high = layer.W_stride // (BLOCK_ROWS * panel), -1, -1

@@ -22,6 +22,7 @@ PLAN = np.dtype(
         ("n_threads", "i8"),
         ("tile_rows", "i8"),  # rows that a thread takes through all layers at a time, a multiple of BLOCK_ROWS
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
+        ("copies", "i8"),  # 1: each member has the parameters and the state for itself; only with `split_rows`
         ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
         ("together", "i8"),  # 1: ∂C/∂W of groups of the same rows of W is made chunk by chunk, see `step.own_gradients`
         ("split_columns", "i8"),  # 1: of the first layer, a thread computes its own columns for all rows, see `parts`
@@ -64,7 +65,11 @@ LAYER = np.dtype(
 
 
 class Memory(NamedTuple):
-    """Every array that a training step writes, of one dtype but for `norms`."""
+    """Every array that a training step writes, of one dtype but for `norms`.
+
+    Of each of the first four there is one row, and with `copies` one for each thread; a pass has what `step.memory_of`
+    takes of them.
+    """
 
     parameters: Any
     """(n_parameters,): every W in panels of W_stride, then every b, padded to whole panels."""
@@ -74,7 +79,9 @@ class Memory(NamedTuple):
     slot_2: Any
     """The optimizer's state, laid out as the parameters; without a second slot, any array."""
     gradients: Any
-    """(n_threads, n_parameters)."""
+    """(n_threads, n_parameters), and with `copies` twice that."""
+    sums: Any
+    """(n_parameters,): the sum of the gradients; with `copies` each thread's own, else the first one's gradients."""
     passes: Any
     scratch: Any
     """(n_threads, ·): what a thread's products need, see `thirds.entries`."""

@@ -15,6 +15,10 @@ gradient vector per thread, and their sum; splitting the columns keeps the first
 and a⁰ in the cache of the core that has updated and gathered them. Nothing depends on timing, so a run with as many
 threads has the same bits.
 
+With `copies`, of a small network whose rows are split, each thread has the parameters and the optimizer's state for
+itself, adds up all gradients and updates all parameters: twice the work, but only gradients go from core to core. Steps
+alternate between two places for these, so nobody has to wait after the update.
+
 A thread in this sense is a share of the work. Those of the operating system are members: each does a share, or one does
 them all, in turn, where there is too little to do for it to be worth starting another.
 """
@@ -30,11 +34,11 @@ from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_acti
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
-from backprop_gpu.kernels.numba_cpu.network import borrowed
+from backprop_gpu.kernels.numba_cpu.network import Memory, borrowed
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.team import run, wait
-from backprop_gpu.kernels.numba_cpu.update import add, sum_squares, sum_squares_of_run, update
+from backprop_gpu.kernels.numba_cpu.update import add, add_two, sum_squares, sum_squares_of_run, update
 
 __all__ = ["LABELS", "A", "Z", "infer", "load", "store", "train"]
 
@@ -83,11 +87,15 @@ def part_of_train(
     where there is none, of which the first n_loaded are packed before the first step, and the first n_stored written
     after the last; guarded : only where all is finite, see `all_finite`.
     """
-    here, batches, memory, vectors = plan[0], borrowed(batches), borrowed(memory), borrowed(vectors)
+    here, batches, vectors, copies = plan[0], borrowed(batches), borrowed(vectors), borrowed(memory)
+    memory, n_updates = memory_of(0, here, copies, 0), n_members if here.copies else here.n_threads
     begin(memory.passes)
     if n_loaded > 0 and not load_all(member, n_members, here, layers, vectors, n_loaded, memory, barrier):
         return
+    if here.copies and member > 0:
+        copy_first(copies, member)
     for s in range(learning_rates.size):
+        memory = memory_of(member, here, copies, s)
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
         if here.split_columns:
             for thread in range(member, here.n_threads, n_members):
@@ -99,12 +107,12 @@ def part_of_train(
         if not wait(barrier, n_members):
             return
         if here.clip_norm < math.inf:
-            for thread in range(member, here.n_threads, n_members):
+            for thread in range(member, n_updates, n_members):
                 whole_gradients(thread, here, layers, parts, groups[thread], memory, n_rows, alphas[s])
-            if not wait(barrier, n_members):
+            if not (here.copies or wait(barrier, n_members)):
                 return
-        for thread in range(member, here.n_threads, n_members):
-            losses[thread, s, 1] = learn(
+        for thread in range(member, n_updates, n_members):
+            penalty = learn(
                 thread,
                 here,
                 layers,
@@ -117,11 +125,40 @@ def part_of_train(
                 alphas[s],
                 first_step + s,
             )
-        if not wait(barrier, n_members):
+            losses[thread, s, 1] = penalty if thread == 0 or not here.copies else 0.0
+        if not (here.copies or wait(barrier, n_members)):
             return
     if n_stored > 0 and (not guarded or all_finite(member, n_members, here, memory, losses, barrier)):
         store_all(member, n_members, layers, vectors, n_stored, memory)
     end(memory.passes)
+
+
+@compiled
+def memory_of(member, plan, memory, step):
+    """What a member works with in a step: with `copies` its own, and in every other step the other gradients."""
+    copy, first = (member, step % 2 * plan.n_threads) if plan.copies else (0, 0)
+    gradients = memory.gradients[first : first + plan.n_threads]
+    return Memory(
+        memory.parameters[copy],
+        memory.transposed[copy],
+        memory.slot_1[copy],
+        memory.slot_2[copy],
+        gradients,
+        memory.sums[copy] if plan.copies else gradients[0],
+        memory.passes,
+        memory.scratch,
+        memory.zeros,
+        memory.norms,
+    )
+
+
+@compiled
+def copy_first(memory, member):
+    """The first copy, into a member's own; the first member may go on meanwhile, up to the next barrier."""
+    memory.parameters[member, :] = memory.parameters[0]
+    memory.transposed[member, :] = memory.transposed[0]
+    memory.slot_1[member, :] = memory.slot_1[0]
+    memory.slot_2[member, :] = memory.slot_2[0]
 
 
 @compiled
@@ -154,7 +191,8 @@ def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums
     wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
     (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
     """
-    here, layer, memory = plan[0], layers[layers.size - 1], borrowed(memory)
+    here, layer = plan[0], layers[layers.size - 1]
+    memory = memory_of(0, here, borrowed(memory), 0)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     begin(memory.passes)
     low, high = rows_of(thread, here.n_threads, x.shape[0])
@@ -295,9 +333,11 @@ def blocks_in(layer, memory):
 
 @compiled
 def biases_of(thread, plan):
-    """The range of the packed biases that a thread owns."""
-    biases = plan.n_parameters - plan.n_weights
-    first, last = thread * biases // plan.n_threads, (thread + 1) * biases // plan.n_threads
+    """The range of the packed biases that a thread updates."""
+    biases, n_shares = plan.n_parameters - plan.n_weights, plan.n_threads
+    if plan.copies:
+        thread, n_shares = 0, 1
+    first, last = thread * biases // n_shares, (thread + 1) * biases // n_shares
     return plan.n_weights + first, plan.n_weights + last
 
 
@@ -306,11 +346,11 @@ def whole_gradients(thread, plan, layers, parts, groups, memory, n_rows, alpha):
     """The gradients of the parameters that this thread owns, for clipping by the norm of all: its part into `norms`."""
     first, last = biases_of(thread, plan)
     sum_over_threads(plan, memory, first, last)
-    size, norm = block_size(memory), sum_squares(memory.gradients[0], memory.parameters, 0.0, first, last)
+    size, norm = block_size(memory), sum_squares(memory.sums, memory.parameters, 0.0, first, last)
     for g in range(groups.shape[0]):
         group, end = groups[g, 0], groups[g, 1]
         own_gradients(thread, plan, layers, parts, memory, 0, groups, g, 0, n_rows)
-        norm += sum_squares(memory.gradients[0], memory.parameters, alpha, group * size, end * size)
+        norm += sum_squares(memory.sums, memory.parameters, alpha, group * size, end * size)
     memory.norms[thread, 0] = norm
 
 
@@ -324,7 +364,7 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
     size, squares = block_size(memory), 0.0
     first_bias, last_bias = biases_of(thread, plan)
     clips = plan.clip_norm < math.inf
-    scale = clip_scale(plan, memory) if clips else 1.0
+    scale = clip_scale(thread, plan, memory) if clips else 1.0
     if not clips:
         sum_over_threads(plan, memory, first_bias, last_bias)
     for g in range(groups.shape[0]):
@@ -336,11 +376,12 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
             own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_rows)
         if alpha > 0:
             squares += sum_squares_of_run(memory.parameters, group * size, end * size)
+        gradients = memory.gradients[thread] if at_once else memory.sums
         update_range(
-            plan, memory, settings, row, group * size, end * size, shift, learning_rate, alpha, scale, step, False
+            plan, memory, settings, gradients, group * size, end * size, shift, learning_rate, alpha, scale, step, False
         )
         transpose_range(plan, layers, memory, group, end)
-    update_range(plan, memory, settings, 0, first_bias, last_bias, 0, learning_rate, 0.0, scale, step, True)
+    update_range(plan, memory, settings, memory.sums, first_bias, last_bias, 0, learning_rate, 0.0, scale, step, True)
     return 0.5 * alpha * squares
 
 
@@ -387,17 +428,21 @@ def own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_
 
 @compiled
 def sum_over_threads(plan, memory, start, stop):
-    """gradients[0] += gradients[1] + …, in this order."""
+    """sums = gradients[0] + gradients[1] + …, in this order; without `copies`, gradients[0] is where the sums are."""
     for thread in range(1, plan.n_threads):
-        add(memory.gradients[0], memory.gradients[thread], start, stop)
+        if plan.copies and thread == 1:
+            add_two(memory.sums, memory.gradients[0], memory.gradients[1], start, stop)
+        else:
+            add(memory.sums, memory.gradients[thread], start, stop)
 
 
 @compiled
-def clip_scale(plan, memory):
+def clip_scale(thread, plan, memory):
     """clip_norm / norm where the gradient's norm exceeds clip_norm, NaN where it is not finite, else 1."""
     total = 0.0
-    for thread in range(plan.n_threads):
-        total += memory.norms[thread, 0]
+    first, last = (thread, thread + 1) if plan.copies else (0, plan.n_threads)
+    for part in range(first, last):
+        total += memory.norms[part, 0]
     norm = math.sqrt(total)
     if norm <= plan.clip_norm:
         return 1.0
@@ -430,16 +475,16 @@ def transpose_blocks(layer, memory, first, last):
 
 
 @compiled
-def update_range(plan, memory, settings, row, start, stop, shift, learning_rate, alpha, scale, step, biases):
+def update_range(plan, memory, settings, gradients, start, stop, shift, learning_rate, alpha, scale, step, biases):
     """One optimizer step on the packed parameters start … stop − 1, which are all weights or all biases.
 
-    Their gradients are in gradients[row], `shift` entries earlier.
+    Their gradients are `shift` entries earlier.
     """
     update(
         plan.optimizer,
         settings,
         memory.parameters[start:stop],
-        memory.gradients[row][start - shift : stop - shift],
+        gradients[start - shift : stop - shift],
         memory.slot_1[start:stop],
         memory.slot_2[start:stop],
         0,

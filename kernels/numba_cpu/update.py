@@ -18,7 +18,7 @@ from backprop_gpu.kernels.numba_cpu.elementary import called, constant, inlined
 from backprop_gpu.kernels.numba_cpu.output_delta import summing
 from backprop_gpu.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 
-__all__ = ["CODES", "SUM", "add", "settings", "sum_squares", "sum_squares_of_run", "update"]
+__all__ = ["CODES", "SUM", "add", "add_two", "settings", "sum_squares", "sum_squares_of_run", "update"]
 
 CODES: dict[type[Optimizer], int] = {SGD: 0, Adam: 1, AdamW: 1, RMSprop: 2}
 """The code of every optimizer; Adam is AdamW without decay."""
@@ -230,3 +230,11 @@ def add(into: Any, other: Any, start: Any, stop: Any) -> None:
     x, y = into[start:stop], other[start:stop]
     for i in range(x.size):
         x[i] += y[i]
+
+
+@compiled
+def add_two(into: Any, x: Any, y: Any, start: Any, stop: Any) -> None:
+    """into = x + y, neither of which it is, over the entries start … stop − 1."""
+    total, a, b = into[start:stop], x[start:stop], y[start:stop]
+    for i in range(total.size):
+        total[i] = a[i] + b[i]
