@@ -42,14 +42,14 @@ OTHERS_SHARE = 0.05
 """A sample is contended when other processes take more than 5 % of a processor meanwhile,"""
 CORES_DROP = 0.8
 """or when the contender had less than 0.8 of the processor time, by the wall clock, that it usually has,"""
-FAR, PATIENCE = 3.0, 60.0
+FAR, PATIENCE = 3.0, 120.0
 """or when it has several threads and the processors are three times as far from each other as at their nearest; its
-samples wait for that to pass, all of a run together 60 s."""
+samples wait for that to pass, all of a run together 120 s. With 60 s, S had far ones only, on a Zen 4."""
 ENOUGH = 8
 """Samples after which it can be said that the machine is busy throughout."""
 ATTEMPTS, ATTEMPT_SECONDS = 4, 10.0
 """Contended samples are measured again, so many times in all and for so long; then the least contended one is kept, and
-counted."""
+counted. Distance alone is no reason to, once nothing waits for it to pass any more: it lasts for tens of seconds."""
 
 DISTANCE = Distance(FAR, PATIENCE)
 
@@ -221,15 +221,18 @@ def uncontended(
 ) -> tuple[dict[str, Any], float]:
     """A sample, taken again where it was contended, and how contended it was: over 1 is too much."""
     taken: list[tuple[dict[str, Any], float]] = []
-    deadline = time.perf_counter() + ATTEMPT_SECONDS
-    while not taken or (taken[-1][1] > 1 and len(taken) < attempts and time.perf_counter() < deadline):
-        taken.append(_attempt(process, usual_cores, take))
+    deadline, again = time.perf_counter() + ATTEMPT_SECONDS, True
+    while again and len(taken) < attempts and (not taken or time.perf_counter() < deadline):
+        answer, contention, far = _attempt(process, usual_cores, take)
+        taken.append((answer, max(contention, far)))
+        again = contention > 1 or (far > 1 and DISTANCE.patience > 0)
     return min(taken, key=lambda pair: pair[1])
 
 
 def _attempt(
     process: Process, usual_cores: Sequence[float], take: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, Any], float]:
+) -> tuple[dict[str, Any], float, float]:
+    """A sample, how contended it was, and how far the processors were from each other: both over 1 are too much."""
     several = process.threads > 1
     far = DISTANCE.wait_until_near() if several else 0.0
     others, start = Others(process), time.perf_counter()
@@ -238,4 +241,4 @@ def _attempt(
     process.wait_until_idle()
     usual = median(usual_cores) if usual_cores else answer["cores"]
     cores = CORES_DROP * usual / max(answer["cores"], 1e-9)
-    return answer, max(share / OTHERS_SHARE, cores, far, DISTANCE.excess() if several else 0.0)
+    return answer, max(share / OTHERS_SHARE, cores), max(far, DISTANCE.excess() if several else 0.0)

@@ -274,10 +274,22 @@ def test_a_contender_that_lacks_its_usual_processors_is_contended(monkeypatch):
 def test_a_sample_is_taken_again_where_the_processors_have_moved_apart(monkeypatch):
     process = Scripted(monkeypatch)
     distances = iter([1.0, 4.0, 1.0, 1.0])  # before and after each sample
-    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: next(distances)))
+    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 1.0, lambda: next(distances), near=1.0))
     _, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
     assert process.samples == 2
     assert contention <= 1
+
+
+def test_no_sample_is_taken_again_for_distance_once_patience_is_at_an_end(monkeypatch):
+    process = Scripted(monkeypatch, others=[0.0, 0.9, 0.0])
+    distances = iter([1.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(comparison, "DISTANCE", Distance(3.0, 0.0, lambda: next(distances)))
+    _, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == 1
+    assert contention > 1
+    _, contention = comparison.uncontended(process, [], lambda: process.ask("sample"))
+    assert process.samples == 3  # of which the second was contended otherwise too
+    assert contention > 1
 
 
 def test_one_thread_is_not_disturbed_by_distance(monkeypatch):
