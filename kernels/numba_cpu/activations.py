@@ -64,7 +64,7 @@ def leaky_relu(z: Any) -> Any:
 def elu(z: Any) -> Any:
     """z where z > 0, else e^z − 1."""
     u = expm1(z)
-    return written_anyway(z if z > type(z)(0) else u)
+    return written_anyway(u if z < type(z)(0) else z)
 
 
 @inlined
