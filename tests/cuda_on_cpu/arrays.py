@@ -76,10 +76,8 @@ class ndarray:
 
     def reshape(self, *shape: Any) -> ndarray:
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        try:
-            view = self._view.view()
-            view.shape = shape
-        except AttributeError:  # NumPy's way of saying that it takes a copy
+        view = self._view.reshape(shape)
+        if view.size and not np.may_share_memory(view, self._view):  # it takes a copy, which is the device's work
             return _copy(self).reshape(shape)
         return self._like(view)
 
