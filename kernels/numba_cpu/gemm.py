@@ -339,9 +339,10 @@ def prefetch_panel(typing_context, x, start):
 def claim_panel(typing_context, x, start):
     """Store 64 bits of every vector of one panel's width of elements again, which no other thread reads or writes.
 
-    Other cores have to give up their copies for that, and nobody waits for it, as for a store that a sum depends on.
-    To ask for a line to be written (PREFETCHW) has no effect on a Zen 4 that has a copy itself: network M with 32 rows
-    takes 386 µs a step so, and 325 like this, on two cores that share no cache, and 241 and 235 on two that do.
+    For that, other cores have to give up their copies, and this one computes meanwhile. To ask for the line (PREFETCHW)
+    seems to do nothing on a Zen 4 that has a copy itself: network M with 32 rows takes 386 µs a step so, and 325 like
+    this, on two cores that share no cache, and 241 and 235 on two that do. On a Zen 5 without a common cache it took
+    M from 460 to 420 µs; claims are not measured there, nor on Intel.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -465,7 +466,7 @@ def gemm_tn(A, columns, B, p, C, shape, accumulate, zeros, scratch, fresh, claim
         _gemm_tn_by_thirds(A, (first, done), B, p, C, shape, accumulate, zeros, scratch, fresh, claimed)
     for column in range(done, last, BLOCK_ROWS):
         at, row = a_start + column // panel * a_stride + column % panel, (column - first) * panel
-        claim(claimed, row, BLOCK_ROWS)
+        claim(claimed, row, BLOCK_ROWS, min(BLOCK_ROWS, last - column - BLOCK_ROWS))
         for k in range(0, depth, ROWS_OF_SUM):
             some, here = min(ROWS_OF_SUM, depth - k), k * panel
             _block_tn(a, at + here, b, at_b + here, c, c_start + row, some, accumulate or k > 0, n)
@@ -487,7 +488,7 @@ def _gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, f
     for column in range(0, last - first, 2 * ROWS):
         here, rows = left + column // ROWS * steps * LEFT_STEP, min(2 * ROWS, last - first - column)
         block = c_start + column * panel
-        claim(claimed, column * panel, rows)
+        claim(claimed, column * panel, rows, min(2 * ROWS, last - first - column - rows))
         pair = multiply(
             scratch, here, steps, right, rows, c, block, zeros, 0, accumulate, b, following, depth, other, pair
         )
@@ -496,14 +497,15 @@ def _gemm_tn_by_thirds(A, columns, B, p, C, shape, accumulate, zeros, scratch, f
 
 
 @compiled
-def claim(claimed, at, n_rows):
-    """Rows of a panel, see `gemm_tn`; asks for as many after them, so that the next claim finds them.
+def claim(claimed, at, n_rows, n_next):
+    """n_rows of a panel, see `gemm_tn`; asks for the n_next after them, so that the next claim finds these.
 
     Network L takes 24.7 ms a step with this and 24.8 without, M with 32 rows 239 and 243 µs.
     """
     w, w_start = claimed
     if w_start >= 0:
-        panel = panel_width(w)
-        for i in range(w_start + at, w_start + at + n_rows * panel, panel):
-            prefetch_panel(w, i + n_rows * panel)
-            claim_panel(w, i)
+        panel, start = panel_width(w), w_start + at
+        for i in range(n_rows):
+            claim_panel(w, start + i * panel)
+        for i in range(n_rows, n_rows + n_next):
+            prefetch_panel(w, start + i * panel)
