@@ -867,6 +867,17 @@ def test_arrays(cp, rng):
     assert (cp.full((2, 2), 3, i4).get() == 3).all()
 
 
+def test_a_reshape_that_takes_a_copy_is_the_devices_work(cp):
+    host = np.arange(15, dtype=f4).reshape(3, 5)
+    x = cp.asarray(host)
+    cp.emulator.reset()
+    copy = x[:, 1:3].reshape(6)
+    assert cp.emulator.counters.bytes_on_device == copy.nbytes
+    x.fill(9)
+    np.testing.assert_array_equal(copy.get(), host[:, 1:3].reshape(6))
+    assert x[:0].reshape(5, 0).shape == (5, 0)
+
+
 def test_arrays_refuse_what_cupy_refuses(cp):
     x = cp.zeros(3, f4)
     with pytest.raises(TypeError, match="Implicit conversion to a NumPy array is not allowed"):
