@@ -553,13 +553,16 @@ def test_a_run_that_is_told_to_stop_has_made_whole_steps():
 
 PRODUCTS = """
 import numpy as np
-from backprop_gpu.kernels.numba_cpu import amx, gemm
+from backprop_gpu.kernels.numba_cpu import amx, gemm, nonzero
 from backprop_gpu.kernels.numba_cpu.compile import executable
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
 from backprop_gpu.kernels.numba_cpu.thirds import entries
 
 gemm_nn, gemm_tn = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn.py_func)
 begin, end = executable(amx.begin.py_func), executable(amx.end.py_func)
+note_nonzero, gemm_nn_where, gemm_tn_where = (
+    executable(function.py_func) for function in (nonzero.note_nonzero, nonzero.gemm_nn_where, nonzero.gemm_tn_where)
+)
 
 def in_panels(x, n_rows):
     w = width(x.dtype)
@@ -599,6 +602,20 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
                 gemm_tn(*matrices, accumulate, zeros, scratch, True, (g, 0))
         end(a)
         expected = 2 * (A.astype(float).T @ D)
+        assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
+        A *= rng.random(A.shape) < 0.2
+        A[0, 0] = 1
+        a = in_panels(A, rows)
+        words = np.zeros(a.size // w + nonzero.ROWS_AT_ONCE, np.uint32)
+        left = a, 0, rows * w
+        note_nonzero(*left, n, k, words)
+        gemm_nn_where(words, left, (b, 0, k * w), (c, 0, rows * w), (n, k, m), (bias, 0, w))
+        expected = A.astype(float) @ B + bias[:m]
+        assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
+        for p in range(round_up(m, w) // w):
+            right, result = (d, 0, rows * w), (g, p * k_rows * w)
+            gemm_tn_where(words, left, (0, k_rows), right, p, result, (n, m), False, (g, -1))
+        expected = A.astype(float).T @ D
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
 print(VECTOR_BYTES)
 """

@@ -78,7 +78,8 @@ class CpuBackend(NumpyBackend):
         n_rows, n_out, dtype = len(X), architecture.layer_sizes[-1], X.dtype
         if n_rows * architecture.n_weights <= FEW_PRODUCTS:
             return None
-        plan = cpu_plan.for_inference(architecture, n_rows, dtype.name, threading.available())
+        data = cpu_plan.Nonzero.of(n_rows, X.__getitem__)
+        plan = cpu_plan.for_inference(architecture, n_rows, dtype.name, threading.available(), data)
         layout, record = _for_inference(architecture, plan, dtype.name)
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)

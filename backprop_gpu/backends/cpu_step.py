@@ -35,6 +35,7 @@ class StepTrainer(Trainer):
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.n_threads = 0
+        self.data = cpu_plan.DENSE
         self.norms = np.full((1, 2), np.nan)
         """Those of the memory: [0, 1] is a number once a guarded run has stored its outcome."""
         self.codes: dict[Any, Callable[..., bool]] = {}
@@ -197,9 +198,11 @@ class StepTrainer(Trainer):
         """Plan and memory for so many threads, kept until their number changes."""
         if n_threads == self.n_threads:
             return
+        if self.n_threads == 0:
+            self.data = cpu_plan.Nonzero.of(len(self.job.rows), self.job.rows.take)
         job, self.n_threads = self.job, n_threads
         self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
-        self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads)
+        self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads, self.data)
         layout = cpu_plan.Layout(job.architecture, self.plan, job.batch_size, job.dtype)
         self.layers, self.parts, self.groups = layout.layers, layout.parts, layout.groups()
         self.next_step = 0

@@ -6,9 +6,10 @@ from backprop_gpu.kernels.numba_cpu.activations import apply
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
+from backprop_gpu.kernels.numba_cpu.nonzero import gemm_nn_where
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
-__all__ = ["dense_forward", "pre_activation"]
+__all__ = ["dense_forward", "pre_activation", "z_of_layer"]
 
 
 @compiled
@@ -16,6 +17,17 @@ def pre_activation(layer, parameters, a_prev, z, n_rows, scratch):
     """z = a_prev W + b; a_prev and z as `gemm_nn` takes matrices."""
     W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
     gemm_nn(a_prev, W, z, (n_rows, layer.n_in, layer.n_out), bias, scratch)
+
+
+@compiled
+def z_of_layer(thread, plan, layer, index, memory, a_prev, z, n_rows):
+    """`pre_activation` of layer `index` in a step, of the first one as the plan says."""
+    if index == 0 and plan.z_where:
+        parameters = memory.parameters
+        W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
+        gemm_nn_where(memory.nonzero, a_prev, W, z, (n_rows, layer.n_in, layer.n_out), bias)
+    else:
+        pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
 
 
 @compiled
@@ -29,7 +41,7 @@ def dense_forward(thread, plan, layer, index, memory, n_rows, at, first_row, ste
     z = (layer.z if layer.from_z else layer.a) + at
     drops = layer.dropout > 0 and step >= 0
     a_prev = passes, layer.a_prev + at, plan.stride
-    pre_activation(layer, memory.parameters, a_prev, (passes, z, plan.stride), n_rows, memory.scratch[thread])
+    z_of_layer(thread, plan, layer, index, memory, a_prev, (passes, z, plan.stride), n_rows)
     if drops:
         keep_factors(
             passes,

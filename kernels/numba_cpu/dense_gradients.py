@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_tn, sum_rows
+from backprop_gpu.kernels.numba_cpu.nonzero import gemm_tn_where
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 
 __all__ = ["GROUP", "bias_gradients", "weight_gradients"]
@@ -17,8 +18,10 @@ GROUP = 32
 
 
 @compiled
-def weight_gradients(thread, plan, layer, memory, row, first, last, shift, n_rows, at, accumulate, last_time, fresh):
-    """dW of the layer's blocks first … last − 1, over n_rows rows from `at` on.
+def weight_gradients(
+    thread, plan, layer, index, memory, row, first, last, shift, n_rows, at, accumulate, last_time, fresh
+):
+    """dW of layer `index`'s blocks first … last − 1, over n_rows rows from `at` on.
 
     They go into gradients[row], `shift` entries before their place among the parameters.
     last_time : the update follows, so the parameters, of which other cores have copies, are claimed in the meantime;
@@ -30,19 +33,14 @@ def weight_gradients(thread, plan, layer, memory, row, first, last, shift, n_row
         low, high = max(first - p * in_panel, 0), min(last - p * in_panel, in_panel)
         fresh = fresh if before_low < 0 else (low, high) != (before_low, before_high)
         start = layer.W + p * layer.W_stride + low * BLOCK_ROWS * panel
-        gemm_tn(
-            (passes, layer.a_prev + at, plan.stride),
-            (low * BLOCK_ROWS, high * BLOCK_ROWS),
-            (passes, layer.delta + at, plan.stride),
-            p,
-            (memory.gradients[row], start - shift),
-            (n_rows, layer.n_out),
-            accumulate,
-            memory.zeros,
-            memory.scratch[thread],
-            fresh,
-            (memory.parameters, start if last_time else -1),
-        )
+        A, columns = (passes, layer.a_prev + at, plan.stride), (low * BLOCK_ROWS, high * BLOCK_ROWS)
+        B, shape = (passes, layer.delta + at, plan.stride), (n_rows, layer.n_out)
+        C, claimed = (memory.gradients[row], start - shift), (memory.parameters, start if last_time else -1)
+        if index == 0 and plan.dW_where:
+            gemm_tn_where(memory.nonzero, A, columns, B, p, C, shape, accumulate, claimed)
+        else:
+            scratch = memory.scratch[thread]
+            gemm_tn(A, columns, B, p, C, shape, accumulate, memory.zeros, scratch, fresh, claimed)
         before_low, before_high = low, high
 
 

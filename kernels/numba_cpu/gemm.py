@@ -5,21 +5,28 @@
     sum_rows: c = Σ_rows B              ∂C/∂b = Σ_rows δ
 
 A block of C, BLOCK_ROWS × VECTORS vectors, stays in registers while the loop runs over the inner dimension: each step
-loads a row of B's panel as vectors and BLOCK_ROWS single elements of A. LLVM's auto-vectoriser does not find this
-form, so the loop is written as LLVM's own vector operations, which it compiles for whatever machine there is.
+loads a row of B's panel as vectors and BLOCK_ROWS single elements of A (see `block`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from backprop_gpu.kernels.numba_cpu.amx import MOST_DEPTH, by_thirds, in_tiles, multiply
+from backprop_gpu.kernels.numba_cpu.block import (
+    CACHE_LINE,
+    IN_FIRST_LEVEL,
+    IN_SECOND_LEVEL,
+    SIZE,
+    UNROLL,
+    Block,
+    Vectors,
+    for_each_width,
+)
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.panels import (
     BLOCK_ROWS,
@@ -46,20 +53,13 @@ __all__ = [
     "gemm_nn",
     "gemm_tn",
     "prefetch_panel",
+    "prefetch_panel_early",
     "sum_rows",
     "transpose_square",
 ]
 
-UNROLL = 4
-"""Steps of the inner dimension per turn of the loop; 2, 4 and 8 measured alike, 1 slower."""
-
 ROWS_OF_SUM = 256
 """Rows over which a block of Aᵀ B is summed in one go: a longer float32 sum costs digits."""
-
-CACHE_LINE = 64
-
-IN_FIRST_LEVEL, IN_SECOND_LEVEL = 3, 2
-"""Of the caches: the localities of LLVM's prefetch."""
 
 BLOCKS_AHEAD = VECTORS * VECTOR_BYTES * UNROLL // CACHE_LINE
 """Blocks of a panel's rows in which the whole of the next panel is asked for, at a cache line a turn of the loop.
@@ -68,145 +68,6 @@ The first block to read a panel waits for it, as weights come from afar: from th
 core that updated them. Two cores of a Xeon, in µs a step: network M 628 without and 587 with it, 256-256-256-10 with
 256 rows 696 and 657, S 46.2 and 45.2; L 18.6 and 17.7 ms.
 """
-
-SIZE = ir.IntType(64)
-
-
-class _Vectors:
-    """Vector operations on the elements of a 1-D array's type, in a block of `n_vectors` vectors a row."""
-
-    def __init__(self, builder: Any, element: Any, n_vectors: int, lanes: int | None = None) -> None:
-        self.builder, self.n_vectors = builder, n_vectors
-        self.scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
-        self.itemsize = element.bitwidth // 8
-        self.panel = VECTORS * VECTOR_BYTES // self.itemsize
-        self.lanes = lanes or VECTOR_BYTES // self.itemsize
-        self.vector = ir.VectorType(self.scalar, self.lanes)
-        self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
-
-    def pointer(self, base: Any, *terms: Any) -> Any:
-        """The address of element Σ terms of `base`; a term is a value or a Python integer."""
-        for term in terms:
-            index = SIZE(term) if isinstance(term, int) else term
-            base = self.builder.gep(base, [index])
-        return base
-
-    def _to_vector(self, pointer: Any) -> Any:
-        return self.builder.bitcast(pointer, self.vector.as_pointer())
-
-    def load(self, pointer: Any) -> Any:
-        return self.builder.load(self._to_vector(pointer), align=self.itemsize)
-
-    def store(self, value: Any, pointer: Any) -> None:
-        self.builder.store(value, self._to_vector(pointer), align=self.itemsize)
-
-    def splat(self, pointer: Any) -> Any:
-        """The element there in every lane."""
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        element = self.builder.load(pointer, align=self.itemsize)
-        one = self.builder.insert_element(undefined, element, ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(one, undefined, lanes)
-
-    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
-        """x · y + z, in one instruction where the machine has it."""
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.itemsize}"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [x, y, z])
-
-    def prefetch(self, pointer: Any, locality: int) -> None:
-        """Ask for the cache line there, to be read; nothing happens where there is none."""
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = self.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        self.builder.call(function, [self.builder.bitcast(pointer, byte), flag(0), flag(locality), flag(1)])
-
-    def row(self, base: Any, row: int) -> list[Any]:
-        """Addresses of the vectors of one row of a block."""
-        return [self.pointer(base, row * self.panel + v * self.lanes) for v in range(self.n_vectors)]
-
-
-class _Block:
-    """A block of C in registers."""
-
-    def __init__(self, vectors: _Vectors, n_rows: int = BLOCK_ROWS) -> None:
-        self.vectors, self.builder = vectors, vectors.builder
-        # Stack slots, which LLVM turns into registers: so the loops below need no φ nodes.
-        self.sums = [
-            [cgutils.alloca_once(self.builder, vectors.vector) for _ in range(vectors.n_vectors)] for _ in range(n_rows)
-        ]
-
-    def start_from(self, values: list[Any]) -> None:
-        """Every row becomes this row of vectors."""
-        for row in self.sums:
-            for value, slot in zip(values, row, strict=True):
-                self.builder.store(value, slot)
-
-    def add_products(self, a: Any, row_step: int, k_step: int, b: Any, count: Any, ahead: Any = None) -> None:
-        """C[i, :] += Σₖ a[i · row_step + k · k_step] · b[k, :], k < count; asks for a line a turn, from `ahead` on."""
-        turns = self.builder.udiv(count, SIZE(UNROLL))
-        with cgutils.for_range(self.builder, turns) as loop:
-            first = self.builder.mul(loop.index, SIZE(UNROLL))
-            if ahead is not None:
-                line = self.builder.mul(loop.index, SIZE(CACHE_LINE // self.vectors.itemsize))
-                self.vectors.prefetch(self.vectors.pointer(ahead, line), IN_SECOND_LEVEL)
-            for k in range(UNROLL):
-                self._step(a, row_step, k_step, b, self.builder.add(first, SIZE(k)))
-        done = self.builder.mul(turns, SIZE(UNROLL))
-        with cgutils.for_range(self.builder, self.builder.sub(count, done)) as loop:
-            self._step(a, row_step, k_step, b, self.builder.add(done, loop.index))
-
-    def _step(self, a: Any, row_step: int, k_step: int, b: Any, k: Any) -> None:
-        vectors, builder = self.vectors, self.builder
-        a = vectors.pointer(a, builder.mul(k, SIZE(k_step)))
-        b = vectors.pointer(b, builder.mul(k, SIZE(vectors.panel)))
-        b_row = [vectors.load(pointer) for pointer in vectors.row(b, 0)]
-        for i, sums in enumerate(self.sums):
-            element = vectors.splat(vectors.pointer(a, i * row_step))
-            for value, slot in zip(b_row, sums, strict=True):
-                builder.store(vectors.multiply_add(element, value, builder.load(slot)), slot)
-
-    def add_row(self, b: Any) -> None:
-        """C[i, :] += b."""
-        for sums in self.sums:
-            for slot, pointer in zip(sums, self.vectors.row(b, 0), strict=True):
-                self.builder.store(self.builder.fadd(self.builder.load(slot), self.vectors.load(pointer)), slot)
-
-    def write_or_add(self, c: Any, accumulate: Any) -> None:
-        """Overwrite C, or add to it."""
-        with self.builder.if_else(accumulate) as (adding, overwriting):
-            with adding:
-                self.add_to(c)
-            with overwriting:
-                self.write(c)
-                self.clear_rest(c)
-
-    def clear_rest(self, c: Any) -> None:
-        """0 in the vectors of C's panel that are none of this block's: the padding of a gradient has to be 0."""
-        vectors = self.vectors
-        for i in range(len(self.sums)):
-            for v in range(vectors.n_vectors, VECTORS):
-                vectors.store(vectors.zero, vectors.pointer(c, i * vectors.panel + v * vectors.lanes))
-
-    def write(self, c: Any) -> None:
-        """Overwrite C."""
-        for i, sums in enumerate(self.sums):
-            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
-                self.vectors.store(self.builder.load(slot), pointer)
-
-    def add_to(self, c: Any) -> None:
-        """Add to C."""
-        for i, sums in enumerate(self.sums):
-            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
-                total = self.builder.fadd(self.vectors.load(pointer), self.builder.load(slot))
-                self.vectors.store(total, pointer)
-
-
-def _for_each_width(builder: Any, n_vectors: Any, generate: Callable[[int], None]) -> None:
-    """The code of `generate` for as many vectors a row as are in use, of which each number has its own."""
-    for width in range(1, VECTORS + 1):
-        with builder.if_then(builder.icmp_unsigned("==", n_vectors, SIZE(width))):
-            generate(width)
 
 
 def _block_nn(n_rows: int) -> Any:
@@ -224,9 +85,9 @@ def _block_nn(n_rows: int) -> Any:
             a, b, c, bias = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
 
             def generate_width(width: int) -> None:
-                vectors = _Vectors(builder, signature.args[0].dtype, width)
+                vectors = Vectors(builder, signature.args[0].dtype, width)
                 panel = SIZE(vectors.panel)
-                block = _Block(vectors, n_rows)
+                block = Block(vectors, n_rows)
                 block.start_from([vectors.load(p) for p in vectors.row(vectors.pointer(bias, bias_start), 0)])
                 full = builder.udiv(depth, panel)
                 lines = SIZE(vectors.panel // UNROLL * CACHE_LINE // vectors.itemsize)
@@ -248,7 +109,7 @@ def _block_nn(n_rows: int) -> Any:
                 )
                 block.write(vectors.pointer(c, c_start))
 
-            _for_each_width(builder, n_vectors, generate_width)
+            for_each_width(builder, n_vectors, generate_width)
             return context.get_dummy_value()
 
         size = types.intp
@@ -269,13 +130,13 @@ def _block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumul
         a, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 4))
 
         def generate_width(width: int) -> None:
-            vectors = _Vectors(builder, signature.args[0].dtype, width)
-            block = _Block(vectors)
+            vectors = Vectors(builder, signature.args[0].dtype, width)
+            block = Block(vectors)
             block.start_from([vectors.zero] * width)
             block.add_products(vectors.pointer(a, a_start), 1, vectors.panel, vectors.pointer(b, b_start), depth)
             block.write_or_add(vectors.pointer(c, c_start), accumulate)
 
-        _for_each_width(builder, n_vectors, generate_width)
+        for_each_width(builder, n_vectors, generate_width)
         return context.get_dummy_value()
 
     size = types.intp
@@ -289,8 +150,8 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x_start, _, sums_start, n_rows, accumulate = arguments
         x, sums = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
-        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
-        block = _Block(vectors, n_rows=1)
+        vectors = Vectors(builder, signature.args[0].dtype, VECTORS)
+        block = Block(vectors, n_rows=1)
         block.start_from([vectors.zero] * VECTORS)
         with cgutils.for_range(builder, n_rows) as loop:
             block.add_row(vectors.pointer(x, x_start, builder.mul(loop.index, SIZE(vectors.panel))))
@@ -310,29 +171,35 @@ def copy_vectors(typing_context, x, x_start, y, y_start, n_vectors):
         x, y = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
 
         def generate_width(width: int) -> None:
-            vectors = _Vectors(builder, signature.args[0].dtype, width)
+            vectors = Vectors(builder, signature.args[0].dtype, width)
             source, target = (vectors.row(vectors.pointer(*at), 0) for at in ((x, x_start), (y, y_start)))
             for value, pointer in zip([vectors.load(pointer) for pointer in source], target, strict=True):
                 vectors.store(value, pointer)
 
-        _for_each_width(builder, n_vectors, generate_width)
+        for_each_width(builder, n_vectors, generate_width)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, y, types.intp, types.intp), generate
 
 
-@intrinsic
-def prefetch_panel(typing_context, x, start):
-    """Ask for one panel's width of elements, to be read soon; nothing happens where there are none."""
+def _prefetch_panel(locality: int) -> Any:
+    @intrinsic
+    def prefetch_panel(typing_context, x, start):
+        """Ask for one panel's width of elements, to be read soon; nothing happens where there are none."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
-        start = vectors.pointer(first_entry(context, builder, signature.args[0], arguments[0]), arguments[1])
-        for pointer in vectors.row(start, 0):
-            vectors.prefetch(pointer, IN_FIRST_LEVEL)
-        return context.get_dummy_value()
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vectors = Vectors(builder, signature.args[0].dtype, VECTORS)
+            start = vectors.pointer(first_entry(context, builder, signature.args[0], arguments[0]), arguments[1])
+            for pointer in vectors.row(start, 0):
+                vectors.prefetch(pointer, locality)
+            return context.get_dummy_value()
 
-    return types.void(x, types.intp), generate
+        return types.void(x, types.intp), generate
+
+    return prefetch_panel
+
+
+prefetch_panel, prefetch_panel_early = _prefetch_panel(IN_FIRST_LEVEL), _prefetch_panel(IN_SECOND_LEVEL)
 
 
 @intrinsic
@@ -346,7 +213,7 @@ def claim_panel(typing_context, x, start):
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = _Vectors(builder, signature.args[0].dtype, VECTORS)
+        vectors = Vectors(builder, signature.args[0].dtype, VECTORS)
         start = vectors.pointer(first_entry(context, builder, signature.args[0], arguments[0]), arguments[1])
         for pointer in vectors.row(start, 0):
             bits = builder.bitcast(pointer, SIZE.as_pointer())
@@ -363,7 +230,7 @@ def transpose_square(typing_context, x, x_start, x_step, y, y_start, y_step):
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x_start, x_step, _, y_start, y_step = arguments
         x, y = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
-        vectors = _Vectors(builder, signature.args[0].dtype, 1, lanes=BLOCK_ROWS)
+        vectors = Vectors(builder, signature.args[0].dtype, 1, lanes=BLOCK_ROWS)
         x, y = vectors.pointer(x, x_start), vectors.pointer(y, y_start)
         rows = [vectors.load(vectors.pointer(x, builder.mul(SIZE(i), x_step))) for i in range(BLOCK_ROWS)]
         for i, row in enumerate(transposed(builder, rows)):

@@ -25,6 +25,8 @@ PLAN = np.dtype(
         ("copies", "i8"),  # 1: each member has the parameters and the state for itself; only with `split_rows`
         ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
         ("together", "i8"),  # 1: ∂C/∂W of groups of the same rows of W is made chunk by chunk, see `step.own_gradients`
+        ("z_where", "i8"),  # 1: of the first layer's z = X W + b, products by 0 are left out, see `nonzero`
+        ("dW_where", "i8"),  # 1: likewise of its ∂C/∂W = Xᵀ δ
         ("split_columns", "i8"),  # 1: of the first layer, a thread computes its own columns for all rows, see `parts`
         ("stride", "i8"),  # from panel to panel in `passes`
         ("span", "i8"),  # from thread to thread in `passes`; 0 where the threads share it
@@ -83,6 +85,8 @@ class Memory(NamedTuple):
     sums: Any
     """(n_parameters,): the sum of the gradients; with `copies` each thread's own, else the first one's gradients."""
     passes: Any
+    nonzero: Any
+    """(·,) uint32: of X in `passes`, see `nonzero.note_nonzero`; empty where nothing is left out."""
     scratch: Any
     """(n_threads, ·): what a thread's products need, see `thirds.entries`."""
     zeros: Any

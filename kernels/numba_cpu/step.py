@@ -30,11 +30,12 @@ import math
 from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
-from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation
+from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, z_of_layer
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import Memory, borrowed
+from backprop_gpu.kernels.numba_cpu.nonzero import note_nonzero
 from backprop_gpu.kernels.numba_cpu.output_delta import output_delta, output_forward, winners
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, panel_width
 from backprop_gpu.kernels.numba_cpu.team import run, wait
@@ -146,6 +147,7 @@ def memory_of(member, plan, memory, step):
         gradients,
         memory.sums[copy] if plan.copies else gradients[0],
         memory.passes,
+        memory.nonzero,
         memory.scratch,
         memory.zeros,
         memory.norms,
@@ -201,6 +203,7 @@ def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
         gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
+        look_for_zeros(here, layers[0], memory, at, rows)
         add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
         hidden_layers(thread, here, layers, memory, computed(rows), at, 0, -1)
         if wanted == LABELS:
@@ -226,7 +229,15 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
 def first_layer(thread, plan, part, batches, memory, first_row, n_rows, dropout_step):
     """a of a thread's columns of the first layer, for all rows of a mini-batch, which it gathers for itself."""
     gather(batches.x, batches.order, first_row, n_rows, memory.passes, part.a_prev, plan.stride)
+    look_for_zeros(plan, part, memory, 0, n_rows)
     dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+
+
+@compiled
+def look_for_zeros(plan, layer, memory, at, n_rows):
+    """In the rows of X that have been gathered, for the products of the first layer, which `layer` is."""
+    if plan.z_where or plan.dW_where:
+        note_nonzero(memory.passes, layer.a_prev + at, plan.stride, n_rows, layer.n_in, memory.nonzero)
 
 
 @compiled
@@ -240,6 +251,7 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
         if plan.split_columns == 0:
             gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
+            look_for_zeros(plan, layers[0], memory, at, rows)
         cost += forward(thread, plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
         backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
@@ -291,7 +303,7 @@ def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
         dense_forward(thread, plan, layers[index], index, memory, n_rows, at, row, dropout_step)
     layer, passes = layers[last], memory.passes
     a_prev, z = (passes, layer.a_prev + at, plan.stride), (passes, layer.a + at, plan.stride)
-    pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
+    z_of_layer(thread, plan, layer, last, memory, a_prev, z, n_rows)
 
 
 @compiled
@@ -302,7 +314,9 @@ def backward(thread, plan, layers, memory, n_rows, at, accumulate):
         bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
         if plan.split_rows:
             blocks = blocks_in(layer, memory)
-            weight_gradients(thread, plan, layer, memory, thread, 0, blocks, 0, n_rows, at, accumulate, False, True)
+            weight_gradients(
+                thread, plan, layer, index, memory, thread, 0, blocks, 0, n_rows, at, accumulate, False, True
+            )
         if index > 0:
             dense_backward(thread, plan, layers[index - 1], layer, memory, computed(n_rows), at)
 
@@ -413,6 +427,7 @@ def own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_
                     thread,
                     plan,
                     layer,
+                    index,
                     memory,
                     row,
                     low,
