@@ -223,7 +223,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            The rows. A sparse matrix is made dense mini-batch by mini-batch.
+            The rows. A sparse matrix is never held dense as a whole.
 
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             The targets: class labels in classification, values in regression.

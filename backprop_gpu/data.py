@@ -1,7 +1,8 @@
 """Taking data in: whatever holds numbers becomes rows to take mini-batches from, or a clear error comes first.
 
 Arrays are converted once; a memory map, or a SciPy sparse matrix, is converted mini-batch by mini-batch and never
-held dense as a whole. Everything is checked here, so the operations need not.
+held dense as a whole; a backend may take what is stored of a sparse matrix as it is. Everything is checked here, so the
+operations need not.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,22 @@ from backprop_gpu.losses import Loss
 if TYPE_CHECKING:
     from backprop_gpu.backends.contract import Backend
 
-__all__ = ["OwnRows", "Rows", "as_rows", "as_sample_weight", "as_target", "chunks", "require_two_classes"]
+__all__ = ["Entries", "OwnRows", "Rows", "as_rows", "as_sample_weight", "as_target", "chunks", "require_two_classes"]
 
 Array: TypeAlias = Any
 
 CHUNK = 1 << 20
 """Entries looked at in one go when a whole data set is checked: 8 MB of float64."""
+
+
+class Entries(NamedTuple):
+    """What is stored of a sparse matrix, row by row; an element that is stored more than once is the sum."""
+
+    values: Array
+    columns: Array
+    """int32"""
+    starts: Array
+    """(N + 1,) int64: where each row begins among the values, and where the last one ends."""
 
 
 class Rows(ABC):
@@ -34,6 +45,8 @@ class Rows(ABC):
     dtype: str
     array: Array | None = None
     """All rows as one C-contiguous array of `dtype` in memory; None where there is none."""
+    entries: Entries | None = None
+    """All rows of a sparse matrix, for a backend that takes them as they are; None where there is none."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -64,10 +77,16 @@ class DenseRows(Rows):
 
 
 class SparseRows(Rows):
-    """Rows of a SciPy CSR matrix, made dense where they are taken."""
+    """Rows of a SciPy CSR matrix, made dense where they are taken one way; `entries` is the other."""
 
     def __init__(self, x: Any, dtype: str) -> None:
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
+
+    @cached_property
+    def entries(self) -> Entries:  # type: ignore[override]
+        """See `Rows.entries`: no copy of what is of these dtypes."""
+        values, columns = self.x.data.astype(self.dtype, copy=False), self.x.indices.astype(np.int32, copy=False)
+        return Entries(values, columns, self.x.indptr.astype(np.int64, copy=False))
 
     def take(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[Any]:
         """These rows, dense, and of `dtype` before they are, which halves the room for float32."""

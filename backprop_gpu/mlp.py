@@ -334,7 +334,7 @@ class MLP:
         Parameters
         ----------
         X : (N, n_inputs)
-            An array, np.memmap, SciPy sparse matrix (made dense mini-batch by mini-batch), DataFrame, or anything
+            An array, np.memmap, SciPy sparse matrix (never held dense as a whole), DataFrame, or anything
             with ``__array__`` or DLPack.
         y : (N,) or (N, n_outputs)
             cross_entropy: integer labels, or rows of probabilities. binary_cross_entropy: 0, 1 or between.
@@ -494,9 +494,9 @@ class MLP:
 
     def _whole(self, rows: Rows, wanted: Wanted) -> Array | None:
         """What is wanted of all rows in one go, where they lie in memory and the backend can; they are finite then."""
-        whole = None
-        if rows.array is not None:
-            whole = self.ops.whole_forward(self.architecture, self._parameters, rows.array, wanted)
+        whole, X = None, rows.entries if rows.array is None else rows.array
+        if X is not None:
+            whole = self.ops.whole_forward(self.architecture, self._parameters, X, wanted)
         if whole is None or not whole.is_finite:
             rows.require_finite()
         return None if whole is None else whole.result

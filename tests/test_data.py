@@ -117,14 +117,14 @@ def test_sparse_rows_are_never_dense_as_a_whole(X, y, monkeypatch):
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(sp.csr_array, "toarray", spy)
-    trained(sp.csr_array(X), y)
+    trained(sp.csr_array(X), y, backend="numpy")
     assert sizes
     assert max(sizes) <= 8
 
 
 def test_wide_sparse_rows_are_predicted_a_few_at_a_time(monkeypatch):
     wide = sp.random_array((300, 5000), density=1e-3, format="csr", rng=np.random.default_rng(0))
-    net = bp.MLP([5000, 2])
+    net = bp.MLP([5000, 2], backend="numpy")
     expected = net.predict_proba(wide)
     sizes = []
     original = sp.csr_array.toarray

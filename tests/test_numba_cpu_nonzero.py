@@ -12,6 +12,8 @@ from backprop_gpu import training
 pytest.importorskip("numba")
 
 from backprop_gpu.backends import cpu_plan
+from backprop_gpu.data import SparseRows
+from backprop_gpu.kernels.numba_cpu import entries as of_entries
 from backprop_gpu.kernels.numba_cpu import gemm, nonzero
 from backprop_gpu.kernels.numba_cpu.compile import executable
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, round_up, width
@@ -19,6 +21,10 @@ from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, r
 gemm_nn, gemm_tn = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn.py_func)
 note_nonzero, gemm_nn_where, gemm_tn_where = (
     executable(function.py_func) for function in (nonzero.note_nonzero, nonzero.gemm_nn_where, nonzero.gemm_tn_where)
+)
+gemm_nn_of_entries, by_columns, gemm_tn_of_entries = (
+    executable(function.py_func)
+    for function in (of_entries.gemm_nn_of_entries, of_entries.by_columns, of_entries.gemm_tn_of_entries)
 )
 
 UNTOUCHED = -77.0
@@ -63,6 +69,11 @@ class Product:
         full = np.zeros((n_rows, round_up(x.shape[1], self.panel)), x.dtype)
         full[: len(x), : x.shape[1]] = x
         return np.ascontiguousarray(full.reshape(n_rows, -1, self.panel).transpose(1, 0, 2)).ravel()
+
+    def row_major(self, flat):
+        """C without its padding."""
+        columns = flat.reshape(-1, len(flat) // self.bias.size, self.panel).swapaxes(0, 1)
+        return columns.reshape(len(columns), -1)[:, : self.n_columns]
 
     @property
     def left(self):
@@ -195,12 +206,11 @@ def plan_of(X, sizes=(784, 256, 10), batch_size=128):
     return trainer.plan
 
 
-@pytest.mark.parametrize("kind", [np.asarray, scipy.sparse.csr_matrix], ids=["array", "CSR"])
 @pytest.mark.parametrize(
     ("part", "z_where", "dW_where"), [(0.0, True, True), (0.1, True, True), (0.6, False, False), (1.0, False, False)]
 )
-def test_the_data_decides(part, z_where, dW_where, kind):
-    plan = plan_of(kind(sparse(1000, 784, part, "float32")))
+def test_the_data_decides(part, z_where, dW_where):
+    plan = plan_of(sparse(1000, 784, part, "float32"))
     assert (plan.z_where, plan.dW_where) == (z_where, dW_where)
 
 
@@ -249,3 +259,150 @@ def test_predictions_are_the_references(dtype, sizes, monkeypatch):
     assert [p.z_where for p in made] == [True]
     assert np.abs(outputs["cpu"] - outputs["numpy"]).max() <= {"float32": 1e-5, "float64": 1e-12}[dtype]
     assert np.ptp(outputs["numpy"]) > 0
+
+
+# Sparse matrices
+
+
+def unordered(X):
+    """CSR of X with an element stored in two parts, a stored 0, and every row backwards; of 64-bit indices."""
+    values, columns, starts = [], [], [0]
+    for row in X:
+        (found,) = row.nonzero()
+        here = [(c, v) for c in found[::-1] for v in ((row[c],) if c % 3 else (row[c] / 2, row[c] / 2))]
+        here.append((len(row) - 1, 0.0))
+        columns += [c for c, _ in here]
+        values += [v for _, v in here]
+        starts.append(len(values))
+    csr = scipy.sparse.csr_array(X.shape, dtype=X.dtype)
+    csr.data, csr.indices, csr.indptr = np.array(values, X.dtype), np.array(columns), np.array(starts)
+    return csr
+
+
+def with_all_but_little(X):
+    """Some rows without an element, and one of nothing but."""
+    X[3:6], X[8] = 0, 1
+    return X
+
+
+KINDS = {"CSR": scipy.sparse.csr_array, "CSC": scipy.sparse.csc_matrix, "unordered": unordered}
+
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_kind
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 2 * PANEL + 5, 11), (13, 7, 5 * PANEL + 3), (601, 19, 7)], ids=str)
+def test_products_of_a_sparse_matrix_have_the_bits_of_the_dense_one(dtype, kind, shape):
+    n_rows, depth, n_columns = shape
+    A = sparse(n_rows, depth, 0.3, dtype)
+    A[n_rows // 2] = 0
+    rows = round_up(n_rows, BLOCK_ROWS) + BLOCK_ROWS  # the last ones are none of A's
+    product = Product(np.concatenate([A, np.zeros((rows - n_rows, depth), dtype)]), n_columns)
+    product.delta[n_rows:] = np.nan
+    order = np.random.default_rng(0).permutation(n_rows)
+    entries = SparseRows(kind(A[np.argsort(order)]).tocsr(), dtype).entries
+    panel = product.panel
+    c = np.full(rows * product.bias.size, UNTOUCHED, dtype)
+    right = product.in_panels(product.W, depth), 0, depth * panel
+    shape = n_rows, rows, n_columns
+    gemm_nn_of_entries(entries, order, 0, right, (c, 0, rows * panel), shape, (product.bias, 0, panel))
+    close(product.row_major(c), product.row_major(product.forward(False)), kind)
+
+    sorted_entries = np.zeros(depth, np.int64), np.zeros(len(entries.values), np.int32), entries.values.copy()
+    by_columns(entries, order, 0, n_rows, depth, sorted_entries)
+    dense, blocks = Product(A, n_columns), round_up(depth, BLOCK_ROWS)
+    dense.delta = product.delta[:n_rows]
+    delta = dense.in_panels(dense.delta, dense.rows), 0, dense.rows * panel
+    c = np.full(blocks * product.bias.size, UNTOUCHED, dtype)
+    for p in range(product.bias.size // panel):
+        gemm_tn_of_entries(sorted_entries, depth, (0, blocks), delta, p, (c, p * blocks * panel), (c, -1))
+    close(c, dense.gradients(False), kind)
+
+
+def close(actual, expected, kind):
+    """The same bits, but where elements are stored in parts."""
+    if kind is unordered:
+        tolerance = {"float32": 1e-5, "float64": 1e-12}[expected.dtype.name]
+        assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+    else:
+        assert np.array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split_columns", [False, True])
+@pytest.mark.parametrize(("n_threads", "tile_rows"), [(1, 8), (2, 64), (3, 24)])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("sizes", [SIZES, [67, 5]], ids=str)
+def test_sparse_rows_train_to_the_bits_of_dense_ones(
+    dtype, split_columns, n_threads, tile_rows, clip_norm, sizes, monkeypatch
+):
+    if split_columns and len(sizes) == 2:
+        pytest.skip("the columns of an output layer are not divided")
+    rows_of_tile = round_up(tile_rows, BLOCK_ROWS)
+    plan = cpu_plan.Plan(n_threads, rows_of_tile, split_rows=False, split_columns=split_columns)
+    monkeypatch.setattr(cpu_plan, "for_training", lambda *a: replace(plan, by_entries=a[-1].sparse))
+    X, y = with_all_but_little(sparse(731, sizes[0], 0.1, dtype)), np.arange(731) % 5
+    found = []
+    for rows in (X, scipy.sparse.csr_array(X)):
+        net = bp.MLP(sizes, backend="cpu", dtype=dtype, seed=3, dropout=0.2, activation="gelu")
+        trainer = trainer_of(net, rows, y, 283, bp.AdamW(clip_norm=clip_norm))
+        order, rates = np.random.default_rng(0).permutation(731), np.full(3, 1e-2)
+        losses = [trainer.run(order, rates, rates, 3 * i, lambda _: True) for i in range(2)]
+        gradients = np.empty_like(net.parameters)
+        found.append((losses, trainer.gradient(gradients, 0.0), net.parameters, gradients))
+    assert np.abs(found[0][2]).max() > 0
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.fixture
+def never_dense(monkeypatch):
+    """A sparse matrix that is made dense is an error."""
+
+    def refuse(*_, **__):
+        raise AssertionError("made dense")
+
+    for kind in (scipy.sparse.csr_array, scipy.sparse.csr_matrix):
+        monkeypatch.setattr(kind, "toarray", refuse)
+
+
+@pytest.mark.usefixtures("never_dense")
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_kind
+def test_a_network_is_trained_and_asked_with_sparse_rows_as_they_are(dtype, kind):
+    X, y = with_all_but_little(sparse(803, 301, 0.05, dtype)), np.arange(803) % 5
+    found = []
+    for rows in (X, kind(X)):
+        net = bp.MLP([301, 256, 5], backend="cpu", dtype=dtype, seed=3)
+        history = net.fit(rows, y, epochs=2, batch_size=100, sample_weight=1 + np.arange(803.0))
+        loss = net.partial_fit(rows, y, batch_size=100)
+        found.append((history["loss"], loss, net.parameters, net.predict(rows), net.predict_proba(rows)))
+        found[-1] += tuple(net.evaluate(rows, y).values())
+    same_bits = kind is not unordered and not cpu_plan.may_split(dtype)  # (sums in parts, or by a matrix unit)
+    tolerance = 0 if same_bits else {"float32": 1e-3, "float64": 1e-9}[dtype]
+    for actual, expected in zip(*reversed(found), strict=True):
+        assert np.abs(np.subtract(actual, expected)).max() <= tolerance * np.abs(expected).max()
+
+
+def test_a_stream_goes_on_from_sparse_rows_to_dense_ones_and_back():
+    X, y = sparse(400, 67, 0.1), np.arange(400) % 5
+    found = []
+    for kinds in ([np.asarray] * 4, [scipy.sparse.csr_array, np.asarray, np.asarray, scipy.sparse.csr_array]):
+        net = bp.MLP(SIZES, backend="cpu", dtype="float64", seed=3)
+        losses = [net.partial_fit(k(X[i * 100 : (i + 1) * 100]), y[:100], batch_size=50) for i, k in enumerate(kinds)]
+        found.append((losses, net.parameters))
+    for actual, expected in zip(*found, strict=True):  # a network as small as this one is divided otherwise for either
+        assert np.abs(np.subtract(actual, expected)).max() <= 1e-12 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("data", [np.int64, np.bool_, np.float32, np.uint8])
+def test_a_sparse_matrix_of_any_numbers_that_may_not_be_written_to(data):
+    X = scipy.sparse.csr_array((sparse(300, 67, 0.1) > 0).astype(data))
+    for part in (X.data, X.indices, X.indptr):
+        part.flags.writeable = False
+    y, found = np.arange(300) % 5, []
+    for rows in (X.toarray(), X):
+        net = bp.MLP(SIZES, backend="cpu", dtype="float64", seed=3)
+        net.fit(rows, y, epochs=2, batch_size=100)
+        found.append(net.parameters)
+    assert np.abs(found[1] - found[0]).max() <= 1e-12 * np.abs(found[0]).max()

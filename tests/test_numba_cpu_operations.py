@@ -10,6 +10,7 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu.backends.contract import Dropout
 from backprop_gpu.backends.numpy import OUTPUT_FORWARD, NumpyBackend, dropout_mask
+from backprop_gpu.data import Entries
 from backprop_gpu.losses import output_activation
 
 pytest.importorskip("numba")
@@ -23,6 +24,8 @@ from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.kernels.numba_cpu.panels import VECTORS, panel_width
 
 REFERENCE = NumpyBackend()
+
+NO_ENTRIES = Entries(np.empty(0), np.empty(0, np.int32), np.empty(0, np.int64))
 
 output_delta, output_forward, update, add, keep_factors, multiply = (
     executable(function.py_func)
@@ -149,7 +152,7 @@ def tile_delta(loss, z, target, weight=None, sigma=None, width=8):
     data = np.zeros((n_rows + FIRST + 9, *target.shape[1:]), target.dtype)
     data[order[FIRST:]] = target
     labels, values = (data, np.empty((0, 0), z.dtype)) if data.ndim == 1 else (np.empty(0, np.int32), data)
-    batches = Batches(np.empty((0, 0), z.dtype), labels, values, order, share)
+    batches = Batches(np.empty((0, 0), z.dtype), labels, values, order, share, NO_ENTRIES)
     tile = Panels(n_rows, n_columns, width, z.dtype, count=2)
     tile.put(z, 0, GARBAGE)
     cost = output_delta(
@@ -234,7 +237,7 @@ def test_output_delta_under_every_activation(dtype, close, loss, sigma, n_column
 def test_a_row_may_be_in_the_mini_batch_twice(dtype, close):
     z, labels = draw(7, dtype), draw(7, dtype, "label")
     order = np.array([2, 2, 0])
-    batches = Batches(np.empty((0, 0), dtype), labels, np.empty((0, 0), dtype), order, np.full(3, 1 / 3))
+    batches = Batches(np.empty((0, 0), dtype), labels, np.empty((0, 0), dtype), order, np.full(3, 1 / 3), NO_ENTRIES)
     tile = Panels(3, 7, 8, dtype, count=2)
     tile.put(z[:3])
     cost = output_delta(

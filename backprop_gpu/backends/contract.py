@@ -25,7 +25,7 @@ import numpy.typing as npt
 from backprop_gpu import activations, losses, optimizers
 from backprop_gpu.activations import Activation
 from backprop_gpu.checks import integer, lookup
-from backprop_gpu.data import DenseRows, Rows
+from backprop_gpu.data import DenseRows, Entries, Rows
 from backprop_gpu.losses import Loss
 from backprop_gpu.optimizers import Optimizer
 
@@ -443,9 +443,11 @@ class Backend(ABC):
         return None
 
     def whole_forward(
-        self, architecture: Architecture, parameters: Array, X: Array, wanted: Wanted = "z"
+        self, architecture: Architecture, parameters: Array, X: Array | Entries, wanted: Wanted = "z"
     ) -> WholeForward | None:
         """The forward pass without dropout over rows X, in one go; None where this backend has no such path.
+
+        X : (N, n_in), or what is stored of it where it is sparse, all of which is finite.
 
         wanted : "z" or "a" of the output layer, (N, n_out); or for cross_entropy "labels", (N,) int64, the first
         class with the largest z, and −1 where a z is NaN.

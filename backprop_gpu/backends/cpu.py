@@ -20,8 +20,9 @@ from backprop_gpu.architecture import Architecture
 from backprop_gpu.backends import cpu_plan
 from backprop_gpu.backends import threads as threading
 from backprop_gpu.backends.contract import Array, Dropout, Trainer, TrainingJob, Wanted, WholeForward, shares
-from backprop_gpu.backends.cpu_step import StepTrainer, plain
+from backprop_gpu.backends.cpu_step import StepTrainer, no_entries, plain
 from backprop_gpu.backends.numpy import NumpyBackend
+from backprop_gpu.data import Entries
 from backprop_gpu.kernels.numba_cpu import activations, operations, output_delta, step, update
 from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.kernels.numba_cpu.team import new_barrier
@@ -69,23 +70,29 @@ class CpuBackend(NumpyBackend):
         return StepTrainer(job)
 
     def whole_forward(
-        self, architecture: Architecture, parameters: Array, X: Array, wanted: Wanted = "z"
+        self, architecture: Architecture, parameters: Array, X: Array | Entries, wanted: Wanted = "z"
     ) -> WholeForward | None:
         """A tile of rows at a time goes through all layers, and whatever is wanted of it, while it is in cache.
 
         None for few rows: the five operations take them from the weights where they lie.
         """
-        n_rows, n_out, dtype = len(X), architecture.layer_sizes[-1], X.dtype
+        n_in, n_out = architecture.layer_sizes[0], architecture.layer_sizes[-1]
+        n_rows, dtype = (len(X.starts) - 1, X.values.dtype) if isinstance(X, Entries) else (len(X), X.dtype)
         if n_rows * architecture.n_weights <= FEW_PRODUCTS:
             return None
-        data = cpu_plan.Nonzero.of(n_rows, X.__getitem__)
+        if isinstance(X, Entries):
+            x, entries, order, data = np.empty((0, n_in), dtype), X, np.arange(n_rows), cpu_plan.SPARSE
+        else:
+            x, entries, order = X, no_entries(dtype), np.empty(0, np.int64)
+            data = cpu_plan.Nonzero.of(n_rows, lambda some: x[some])
         plan = cpu_plan.for_inference(architecture, n_rows, dtype.name, threading.available(), data)
         layout, record = _for_inference(architecture, plan, dtype.name)
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
         step.load(0, 1, layout.layers, plain(parameters), memory.parameters[0])
-        arguments = record, layout.layers, plain(X), memory, WANTED[wanted], _flat(outputs), labels, sums
+        of_x = plain(x), Entries(*map(plain, entries)), order
+        arguments = record, layout.layers, *of_x, memory, WANTED[wanted], _flat(outputs), labels, sums
         threading.require(step.infer(plan.n_threads, UNUSED, arguments))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 
@@ -131,7 +138,7 @@ class CpuBackend(NumpyBackend):
         share, _ = shares(np.arange(n), sample_weight, np.array([0, n]))
         labels = target if target.ndim == 1 else np.empty(0, np.int32)
         values = target if target.ndim == 2 else np.empty((0, 0), z.dtype)
-        batches = Batches(values, plain(labels), plain(values), np.arange(n), share)
+        batches = Batches(values, plain(labels), plain(values), np.arange(n), share, no_entries(z.dtype))
         code, sigma = output_delta.CODES[loss.name], output_delta.SIGMAS[output_activation]
         setting = output_delta.setting(loss)
         cost = operations.output_delta_of_rows(code, setting, sigma, _flat(z), z.shape[1], batches, _flat(delta))

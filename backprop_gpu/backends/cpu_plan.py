@@ -186,10 +186,12 @@ class Nonzero:
     """Of the columns, those that are not 0 in one of a few rows."""
     in_columns: float = 1.0
     """Of the rows, those in which a few columns next to each other are not all 0."""
+    sparse: bool = False
+    """X is a sparse matrix."""
 
     @classmethod
     def of(cls, n_rows: int, take: Callable[[slice], npt.NDArray[Any]]) -> Nonzero:
-        """By some of n_rows rows, as `take` returns them; all of it where there is little to gain."""
+        """Of a dense X, by some of n_rows rows, as `take` returns them; all of it where there is little to gain."""
         X = take(slice(None, None, max(1, n_rows // ROWS_LOOKED_AT)))[:ROWS_LOOKED_AT]
         n_rows, n_columns = (n // HALF_BLOCK_ROWS * HALF_BLOCK_ROWS for n in X.shape)
         if n_rows == 0 or X.shape[1] < width(X.dtype):
@@ -200,7 +202,7 @@ class Nonzero:
         return cls(float(in_rows.mean()), float(in_columns.mean()))
 
 
-DENSE = Nonzero()
+DENSE, SPARSE = Nonzero(), Nonzero(sparse=True)
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,14 @@ class Plan:
     """Of the first layer's z = X W + b, products by 0 are left out."""
     dW_where: bool = False
     """Likewise of its ∂C/∂W = Xᵀ δ."""
+    by_entries: bool = False
+    """X is a sparse matrix, and the first layer's products are by what is stored of it; never with `split_rows` in
+    training."""
+
+    @property
+    def knows_zeros(self) -> bool:
+        """Whether it is noted which elements of X are not 0."""
+        return self.z_where or self.dW_where
 
     @property
     def n_copies(self) -> int:
@@ -232,9 +242,9 @@ def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: 
     """The plan for a forward pass: every thread takes its own tiles, of work that is worth starting it."""
     worth = n_rows * architecture.n_weights // PRODUCTS_TO_START
     n_threads = max(1, min(threads, worth, n_rows // ROWS_PER_THREAD))
-    tile_rows = _tile_rows(architecture, n_rows, dtype, n_threads)
-    most = _most_nonzero(architecture, tile_rows, dtype)
-    return Plan(n_threads, tile_rows, split_rows=True, z_where=data.in_rows <= most)
+    tile_rows = _tile_rows(architecture, n_rows, dtype, n_threads, data)
+    z_where = data.in_rows <= _most_nonzero(architecture, tile_rows, dtype)
+    return Plan(n_threads, tile_rows, split_rows=True, z_where=z_where, by_entries=data.sparse)
 
 
 def for_training(architecture: Architecture, batch_size: int, dtype: str, threads: int, data: Nonzero = DENSE) -> Plan:
@@ -242,18 +252,20 @@ def for_training(architecture: Architecture, batch_size: int, dtype: str, thread
     worth = batch_size * products_of_a_row(architecture, dtype) // PRODUCTS_PER_STEP
     shares = max(batch_size // ROWS_PER_THREAD, architecture.n_parameters // PARAMETERS_PER_THREAD)
     by_rows = max(1, min(threads, worth, shares))
-    split_rows = architecture.n_parameters * np.dtype(dtype).itemsize <= SPLIT_ROWS_BYTES
+    is_small = architecture.n_parameters * np.dtype(dtype).itemsize <= SPLIT_ROWS_BYTES
+    split_rows = is_small and not data.sparse
     by_columns = 1 if split_rows else _threads_by_columns(architecture, batch_size, dtype, threads, by_rows)
     n_threads = max(by_rows, by_columns)
     most = _most_nonzero(architecture, batch_size, dtype)
     return Plan(
         n_threads,
-        _tile_rows(architecture, batch_size, dtype, n_threads),
+        _tile_rows(architecture, batch_size, dtype, n_threads, data),
         split_rows,
         split_columns=1 < n_threads == by_columns,
         copies=split_rows and 1 < n_threads <= MOST_COPIES,
         z_where=data.in_rows <= most,
         dW_where=data.in_columns <= most,
+        by_entries=data.sparse,
     )
 
 
@@ -310,10 +322,11 @@ def products_of_a_row(architecture: Architecture, dtype: str) -> int:
     return int(3 * sum(products) - products[0]) * np.dtype(dtype).itemsize // 4
 
 
-def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: int) -> int:
+def _tile_rows(architecture: Architecture, n_rows: int, dtype: str, n_threads: int, data: Nonzero) -> int:
     """As many as fit a core's cache, and so few that a thread's tiles are of one size."""
+    n_in, *others = architecture.layer_sizes
     rows = math.ceil(n_rows / n_threads)
-    most = rows_in_cache(architecture.layer_sizes, dtype)
+    most = rows_in_cache([1 if data.sparse else n_in, *others], dtype)
     return int(round_up(math.ceil(rows / math.ceil(rows / most)), BLOCK_ROWS))
 
 
@@ -397,7 +410,8 @@ class Layout:
 
     def _input_span(self) -> int:
         """From one a⁰ to the next."""
-        return self._span(self._columns(self.layers[0]["n_in"]) // self.panel * self.stride)
+        n_columns = 0 if self.plan.by_entries else self._columns(self.layers[0]["n_in"])
+        return self._span(n_columns // self.panel * self.stride)
 
     def _parts_of_first(self) -> Record:
         """(n_threads,): each thread's columns of the first layer, as a layer; empty where these are not split."""
@@ -504,6 +518,7 @@ class Layout:
         record["tile_rows"], record["split_rows"] = plan.tile_rows, plan.split_rows
         record["copies"] = plan.copies
         record["split_columns"] = plan.split_columns
+        record["by_entries"] = plan.by_entries
         record["z_where"], record["dW_where"] = plan.z_where, plan.dW_where
         record["chunk_rows"] = chunk_rows(self.dtype)
         record["together"] = together(self.dtype, self.batch_size)
@@ -541,8 +556,13 @@ class Layout:
             for (name, (rows, columns)), start, span in zip(shapes.items(), starts, spans, strict=False)
         }
         arrays["passes"], arrays["zeros"] = arrays["passes"][0], arrays["zeros"][0]
-        words = arrays["passes"].size // self.panel + nonzero.ROWS_AT_ONCE if plan.z_where or plan.dW_where else 0
-        return Memory(**arrays, nonzero=np.zeros(words, np.uint32), norms=np.full((threads, 8), np.nan))
+        words = arrays["passes"].size // self.panel + nonzero.ROWS_AT_ONCE if plan.knows_zeros else 0
+        return Memory(
+            **arrays,
+            nonzero=np.zeros(words, np.uint32),
+            sorted_entries=tuple(np.empty((threads, 0), kind) for kind in (np.int64, np.int32, self.dtype)),
+            norms=np.full((threads, 8), np.nan),
+        )
 
     def _span(self, n: int) -> int:
         """From one part to the next: whole cache lines, and no multiple of a page, which caches dislike."""

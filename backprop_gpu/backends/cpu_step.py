@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from backprop_gpu.backends import cpu_plan, threads
 from backprop_gpu.backends.contract import AfterStep, Trainer, TrainingJob, shares, starts_of
+from backprop_gpu.data import Entries
 from backprop_gpu.kernels.numba_cpu import operations, step, update
 from backprop_gpu.kernels.numba_cpu.compile import outline
 from backprop_gpu.kernels.numba_cpu.network import Batches
 from backprop_gpu.kernels.numba_cpu.team import new_barrier
 
-__all__ = ["StepTrainer", "plain"]
+__all__ = ["StepTrainer", "no_entries", "plain"]
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +62,7 @@ class StepTrainer(Trainer):
 
     def take_over(self, job: TrainingJob) -> bool:
         """See `Trainer.take_over`: all memory is kept, and with it the optimizer's state in panels."""
-        if not job.goes_on_from(self.job):
+        if not job.goes_on_from(self.job) or (job.rows.entries is not None) != self.data.sparse:
             return False
         self.job = job
         return True
@@ -199,7 +200,8 @@ class StepTrainer(Trainer):
         if n_threads == self.n_threads:
             return
         if self.n_threads == 0:
-            self.data = cpu_plan.Nonzero.of(len(self.job.rows), self.job.rows.take)
+            rows = self.job.rows
+            self.data = cpu_plan.SPARSE if rows.entries else cpu_plan.Nonzero.of(len(rows), rows.take)
         job, self.n_threads = self.job, n_threads
         self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads, self.data)
@@ -211,7 +213,7 @@ class StepTrainer(Trainer):
         self.norms = self.memory.norms
 
     def _most_steps_per_call(self) -> int:
-        if self.job.rows.array is not None:
+        if self.job.rows.array is not None or self.job.rows.entries is not None:
             return 1 << 40
         bytes_per_step = self.job.batch_size * self.job.rows.shape[1] * self.record.dtype.itemsize
         return max(1, BYTES_PER_CALL // bytes_per_step)
@@ -234,6 +236,8 @@ class StepTrainer(Trainer):
         """(n_steps, 2): C of each step without the penalty, and the penalty; see `step.part_of_train`."""
         job, plan = self.job, self.plan
         losses = np.zeros((plan.n_threads, len(learning_rates), 2))
+        if plan.by_entries:
+            self._make_room(batches, starts)
         n_members = plan.n_threads if batches.order.size * self.products_of_a_row >= cpu_plan.PRODUCTS_PER_CALL else 1
         arguments = (
             n_members,
@@ -269,12 +273,24 @@ class StepTrainer(Trainer):
 
     def _batches(self, order: Array, share: Array) -> Batches:
         """The rows of some mini-batches: all data and which of it, or where the data is elsewhere, just these rows."""
-        x, target = self.job.rows.array, self.job.target
-        if x is None:
-            x, target, order = self.job.rows.take(order), target[order], np.arange(len(order))
+        rows, target = self.job.rows, self.job.target
+        x, entries = rows.array, rows.entries or no_entries(self.job.dtype)
+        if rows.entries is not None:
+            x = np.empty((0, rows.shape[1]), self.job.dtype)
+        elif x is None:
+            x, target, order = rows.take(order), target[order], np.arange(len(order))
         labels = target if target.ndim == 1 else np.empty(0, np.int32)
         values = target if target.ndim == 2 else np.empty((0, 0), self.job.dtype)
-        return Batches(plain(x), plain(labels), plain(values), plain(order), share)
+        return Batches(plain(x), plain(labels), plain(values), plain(order), share, Entries(*map(plain, entries)))
+
+    def _make_room(self, batches: Batches, starts: Array) -> None:
+        """For the entries of any of these mini-batches, sorted by each thread."""
+        stored, (_, n_in) = batches.entries.starts, batches.x.shape
+        n = np.add.reduceat(stored[batches.order + 1] - stored[batches.order], starts[:-1]).max()
+        if self.memory.sorted_entries[1].shape[1] < max(1, n):
+            shapes = (n_in, np.int64), (max(1, n), np.int32), (max(1, n), batches.x.dtype)
+            room = tuple(np.empty((self.plan.n_threads, size), kind) for size, kind in shapes)
+            self.memory = self.memory._replace(sorted_entries=room)
 
     def _vectors(self) -> tuple[Array, ...]:
         """The flat vectors of the job's parameters and of the optimizer's two slots, as compiled code takes them."""
@@ -289,6 +305,11 @@ class StepTrainer(Trainer):
         for flat, array in zip(vectors, wanted, strict=False):
             if flat is not array and not np.shares_memory(flat, array):
                 array[...] = flat
+
+
+def no_entries(dtype: Any) -> Entries:
+    """Those of a dense matrix, for code that takes either kind."""
+    return Entries(np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int64))
 
 
 def plain(x: Array) -> Array:

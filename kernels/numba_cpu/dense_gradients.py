@@ -7,6 +7,7 @@ parameters' vector, and any share of the work is a range of block numbers.
 from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.entries import gemm_tn_of_entries
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_tn, sum_rows
 from backprop_gpu.kernels.numba_cpu.nonzero import gemm_tn_where
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
@@ -26,6 +27,7 @@ def weight_gradients(
     They go into gradients[row], `shift` entries before their place among the parameters.
     last_time : the update follows, so the parameters, of which other cores have copies, are claimed in the meantime;
     fresh : unless the thread's last call had the same rows and columns of a_prev.
+    Those of a sparse X are over all of a mini-batch's rows, from the first call for some on.
     """
     passes, panel = memory.passes, panel_width(memory.passes)
     in_panel, before_low, before_high = layer.W_stride // (BLOCK_ROWS * panel), -1, -1
@@ -36,7 +38,9 @@ def weight_gradients(
         A, columns = (passes, layer.a_prev + at, plan.stride), (low * BLOCK_ROWS, high * BLOCK_ROWS)
         B, shape = (passes, layer.delta + at, plan.stride), (n_rows, layer.n_out)
         C, claimed = (memory.gradients[row], start - shift), (memory.parameters, start if last_time else -1)
-        if index == 0 and plan.dW_where:
+        if index == 0 and plan.by_entries:
+            gemm_tn_of_entries(memory.sorted_entries, layer.n_in, columns, B, p, C, claimed)
+        elif index == 0 and plan.dW_where:
             gemm_tn_where(memory.nonzero, A, columns, B, p, C, shape, accumulate, claimed)
         else:
             scratch = memory.scratch[thread]

@@ -25,6 +25,7 @@ PLAN = np.dtype(
         ("copies", "i8"),  # 1: each member has the parameters and the state for itself; only with `split_rows`
         ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
         ("together", "i8"),  # 1: ∂C/∂W of groups of the same rows of W is made chunk by chunk, see `step.own_gradients`
+        ("by_entries", "i8"),  # 1: X is sparse, and `passes` has nothing of it, see `entries`
         ("z_where", "i8"),  # 1: of the first layer's z = X W + b, products by 0 are left out, see `nonzero`
         ("dW_where", "i8"),  # 1: likewise of its ∂C/∂W = Xᵀ δ
         ("split_columns", "i8"),  # 1: of the first layer, a thread computes its own columns for all rows, see `parts`
@@ -87,6 +88,8 @@ class Memory(NamedTuple):
     passes: Any
     nonzero: Any
     """(·,) uint32: of X in `passes`, see `nonzero.note_nonzero`; empty where nothing is left out."""
+    sorted_entries: Any
+    """Three arrays (n_threads, ·), see `entries.by_columns`; a pass has each thread's. Empty of a dense X."""
     scratch: Any
     """(n_threads, ·): what a thread's products need, see `thirds.entries`."""
     zeros: Any
@@ -100,7 +103,7 @@ class Batches(NamedTuple):
     """The rows to train on, in order."""
 
     x: Any
-    """(n_rows, n_in), C-contiguous."""
+    """(n_rows, n_in), C-contiguous; (0, n_in) of a sparse X."""
     labels: Any
     """(n_rows,) int32, or empty."""
     target: Any
@@ -109,6 +112,8 @@ class Batches(NamedTuple):
     """(n,) int64: indices of rows."""
     share: Any
     """(n,) float64: the part of each in the mean over its mini-batch, weight / Σ weight."""
+    entries: Any
+    """`data.Entries` of a sparse X; empty of a dense one."""
 
 
 @intrinsic

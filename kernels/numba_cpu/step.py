@@ -30,8 +30,9 @@ import math
 from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
-from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, z_of_layer
+from backprop_gpu.kernels.numba_cpu.dense_forward import activate, dense_forward, z_of_layer
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
+from backprop_gpu.kernels.numba_cpu.entries import by_columns, gemm_nn_of_entries
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import Memory, borrowed
@@ -98,6 +99,8 @@ def part_of_train(
     for s in range(learning_rates.size):
         memory = memory_of(member, here, copies, s)
         first_row, n_rows = starts[s], starts[s + 1] - starts[s]
+        if here.by_entries:
+            by_columns(batches.entries, batches.order, first_row, n_rows, layers[0].n_in, memory.sorted_entries)
         if here.split_columns:
             for thread in range(member, here.n_threads, n_members):
                 first_layer(thread, here, parts[thread], batches, memory, first_row, n_rows, dropout_step + s)
@@ -148,6 +151,7 @@ def memory_of(member, plan, memory, step):
         memory.sums[copy] if plan.copies else gradients[0],
         memory.passes,
         memory.nonzero,
+        (memory.sorted_entries[0][member], memory.sorted_entries[1][member], memory.sorted_entries[2][member]),
         memory.scratch,
         memory.zeros,
         memory.norms,
@@ -187,25 +191,29 @@ def infer(n_threads, barrier, arguments):
 
 
 @compiled
-def part_of_infer(thread, plan, layers, x, memory, wanted, outputs, labels, sums):
-    """One thread's part of what the network says of all rows of x, without dropout.
+def part_of_infer(thread, plan, layers, x, entries, order, memory, wanted, outputs, labels, sums):
+    """One thread's part of what the network says of all rows of x, or of a sparse X's entries, without dropout.
 
     wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
-    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
+    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is. order :
+    (N,) int64, in which the rows of a sparse X, which are finite, are taken; empty of a dense one.
     """
     here, layer = plan[0], layers[layers.size - 1]
     memory = memory_of(0, here, borrowed(memory), 0)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     begin(memory.passes)
-    low, high = rows_of(thread, here.n_threads, x.shape[0])
-    at = thread * here.span
+    low, high = rows_of(thread, here.n_threads, order.size if here.by_entries else x.shape[0])
+    at, entries, order = thread * here.span, borrowed(entries), borrowed(order)
     out, n_out = layer.a + at, layer.n_out
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
-        gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
-        look_for_zeros(here, layers[0], memory, at, rows)
-        add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
-        hidden_layers(thread, here, layers, memory, computed(rows), at, 0, -1)
+        if here.by_entries:
+            first_layer_of_entries(here, layers[0], entries, order, row, memory, rows, at, 0, -1)
+        else:
+            gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
+            look_for_zeros(here, layers[0], memory, at, rows)
+            add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
+        hidden_layers(thread, here, layers, memory, computed(rows), at, here.by_entries, 0, -1)
         if wanted == LABELS:
             winners(memory.passes, out, here.stride, rows, n_out, labels, row)
             continue
@@ -228,9 +236,30 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
 @compiled
 def first_layer(thread, plan, part, batches, memory, first_row, n_rows, dropout_step):
     """a of a thread's columns of the first layer, for all rows of a mini-batch, which it gathers for itself."""
-    gather(batches.x, batches.order, first_row, n_rows, memory.passes, part.a_prev, plan.stride)
-    look_for_zeros(plan, part, memory, 0, n_rows)
-    dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+    take_rows(plan, part, batches, first_row, memory, n_rows, 0, 0, dropout_step)
+    if not plan.by_entries:
+        dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+
+
+@compiled
+def take_rows(plan, layer, batches, first, memory, n_rows, at, row, step):
+    """Rows order[first], … of X as the input of the first layer; of a sparse X, that layer's output."""
+    if plan.by_entries:
+        first_layer_of_entries(plan, layer, batches.entries, batches.order, first, memory, n_rows, at, row, step)
+    else:
+        gather(batches.x, batches.order, first, n_rows, memory.passes, layer.a_prev + at, plan.stride)
+        look_for_zeros(plan, layer, memory, at, n_rows)
+
+
+@compiled
+def first_layer_of_entries(plan, layer, entries, order, first, memory, n_rows, at, row, step):
+    """a of the first layer, or z where it is the only one, for rows order[first], … of a sparse X."""
+    W, bias = (memory.parameters, layer.W, layer.W_stride), (memory.parameters, layer.b, panel_width(memory.passes))
+    z = (layer.z if layer.from_z else layer.a) + at
+    shape = n_rows, computed(n_rows), layer.n_out
+    gemm_nn_of_entries(entries, order, first, W, (memory.passes, z, plan.stride), shape, bias)
+    if plan.n_layers > 1:
+        activate(plan, layer, 0, memory, computed(n_rows), at, row, step)
 
 
 @compiled
@@ -250,8 +279,7 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
         rows = min(plan.tile_rows, high - row)
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
         if plan.split_columns == 0:
-            gather(batches.x, batches.order, first_row + row, rows, memory.passes, layers[0].a_prev + at, plan.stride)
-            look_for_zeros(plan, layers[0], memory, at, rows)
+            take_rows(plan, layers[0], batches, first_row + row, memory, rows, at, row, dropout_step)
         cost += forward(thread, plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
         backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
@@ -278,7 +306,8 @@ def computed(n_rows):
 def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, dropout_step):
     """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
     layer = layers[plan.n_layers - 1]
-    hidden_layers(thread, plan, layers, memory, computed(n_rows), at, row, dropout_step)
+    first = 1 if plan.split_columns or plan.by_entries else 0
+    hidden_layers(thread, plan, layers, memory, computed(n_rows), at, first, row, dropout_step)
     return output_delta(
         plan.loss,
         plan.loss_setting,
@@ -296,11 +325,14 @@ def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, d
 
 
 @compiled
-def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
-    """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
+def hidden_layers(thread, plan, layers, memory, n_rows, at, first, row, dropout_step):
+    """The forward pass of a tile from layer `first` up to z of the output layer; a negative dropout_step leaves no
+    neuron out."""
     last = plan.n_layers - 1
-    for index in range(plan.split_columns, last):
+    for index in range(first, last):
         dense_forward(thread, plan, layers[index], index, memory, n_rows, at, row, dropout_step)
+    if first > last:
+        return
     layer, passes = layers[last], memory.passes
     a_prev, z = (passes, layer.a_prev + at, plan.stride), (passes, layer.a + at, plan.stride)
     z_of_layer(thread, plan, layer, last, memory, a_prev, z, n_rows)
@@ -422,7 +454,7 @@ def own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_
             layer = parts[thread] if index < plan.split_columns else layers[index]
             start = layer.W // size
             low, high = max(groups[h, 0] - start, 0), min(groups[h, 1] - start, blocks_in(layer, memory))
-            if low < high:
+            if low < high and not (index == 0 and plan.by_entries and start_row > 0):
                 weight_gradients(
                     thread,
                     plan,
