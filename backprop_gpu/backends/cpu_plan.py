@@ -27,6 +27,7 @@ from backprop_gpu.optimizers import Optimizer
 __all__ = ["Layout", "Nonzero", "Plan", "for_inference", "for_training"]
 
 Record = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector."""
@@ -190,9 +191,10 @@ class Nonzero:
     """X is a sparse matrix."""
 
     @classmethod
-    def of(cls, n_rows: int, take: Callable[[slice], npt.NDArray[Any]]) -> Nonzero:
+    def of(cls, n_rows: int, take: Callable[[Indices], npt.NDArray[Any]], most: int = ROWS_LOOKED_AT) -> Nonzero:
         """Of a dense X, by some of n_rows rows, as `take` returns them; all of it where there is little to gain."""
-        X = take(slice(None, None, max(1, n_rows // ROWS_LOOKED_AT)))[:ROWS_LOOKED_AT]
+        some = min(most, ROWS_LOOKED_AT)
+        X = take(np.arange(0, n_rows, max(1, n_rows // some))[:some])
         n_rows, n_columns = (n // HALF_BLOCK_ROWS * HALF_BLOCK_ROWS for n in X.shape)
         if n_rows == 0 or X.shape[1] < width(X.dtype):
             return cls()

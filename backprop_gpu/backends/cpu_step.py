@@ -201,7 +201,9 @@ class StepTrainer(Trainer):
             return
         if self.n_threads == 0:
             rows = self.job.rows
-            self.data = cpu_plan.SPARSE if rows.entries else cpu_plan.Nonzero.of(len(rows), rows.take)
+            self.data = (
+                cpu_plan.SPARSE if rows.entries else cpu_plan.Nonzero.of(len(rows), rows.take, self.job.batch_size)
+            )
         job, self.n_threads = self.job, n_threads
         self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads, self.data)
