@@ -58,11 +58,38 @@ class Job:
         return kind(n_iter_no_change=NEVER, random_state=0, **{**self.settings, **settings})
 
 
+N_WORDS, N_TOPIC_WORDS, TOPICS = 10_000, 200, 4
+"""Different words, of them those of each topic, and topics, of the texts below."""
+
+
+def _texts(n_rows: int = 5000, length: int = 100) -> tuple[Any, Array]:
+    """Counts of words, (n_rows, N_WORDS), in rows of length 1, as a CSR matrix in float64; and the topic of each text.
+
+    Drawn: a fifth of a text's words are its topic's, the others come by Zipf's law, the k-th word 1/k as often as the
+    first.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.preprocessing import normalize
+
+    rng = np.random.default_rng(0)
+    topic = rng.integers(0, TOPICS, n_rows)
+    frequency = 1 / np.arange(1, N_WORDS + 1)
+    common = rng.choice(N_WORDS, (n_rows, length - length // 5), p=frequency / frequency.sum())
+    own = N_WORDS // 2 + N_TOPIC_WORDS * topic[:, None] + rng.integers(0, N_TOPIC_WORDS, (n_rows, length // 5))
+    words = np.concatenate([common, own], axis=1)
+    rows = np.repeat(np.arange(n_rows), length)
+    counts = csr_matrix((np.ones(words.size), (rows, words.ravel())), (n_rows, N_WORDS))
+    return normalize(counts), topic
+
+
 @cache
-def _split(name: str) -> tuple[Array, Array, Array, Array]:
+def _split(name: str) -> tuple[Any, Array, Any, Array]:
     """X, y, and those held out; X between 0 and 1, in float64 but for MNIST."""
     if name == "mnist":
         return datasets.FITS["mnist"].data()
+    if name == "texts":
+        X, y = _texts()
+        return X[:4000], y[:4000], X[4000:], y[4000:]
     found = library_datasets.hold_out(library_datasets.load(name), 0.25, seed=0)
     least, largest = found.X.min(axis=0), found.X.max(axis=0)
     X, X_test = (
@@ -95,12 +122,13 @@ def _stream(kind: type, job: Job) -> float:
 
 def _predict(kind: type, job: Job) -> float:
     X, y, X_test, y_test = _split(job.data)
+    some = np.arange(job.rows) % X_test.shape[0]
     if kind not in job.fitted:
-        job.fitted[kind] = _fit_quietly(job.estimator(kind), X, y), np.resize(X_test, (job.rows, X_test.shape[1]))
+        job.fitted[kind] = _fit_quietly(job.estimator(kind), X, y), X_test[some]
     estimator, rows = job.fitted[kind]
     for _ in range(job.repeats):
         labels = estimator.predict(rows)
-    return float(np.mean(labels == np.resize(y_test, job.rows)))
+    return float(np.mean(labels == y_test[some]))
 
 
 def _search(kind: type, job: Job) -> float:
@@ -118,11 +146,13 @@ JOBS = {
         Job("fit, breast_cancer", "breast_cancer", {"hidden_layer_sizes": (100,), "max_iter": 200}, _fit),
         Job("fit, digits", "digits", {"hidden_layer_sizes": (100,), "max_iter": 100}, _fit),
         Job("fit, mnist", "mnist", {"hidden_layer_sizes": (256, 128), "max_iter": 3}, _fit),
+        Job("fit, sparse texts", "texts", {"hidden_layer_sizes": (100,), "max_iter": 3}, _fit),
         Job("partial_fit, 200 rows", "digits", {"hidden_layer_sizes": (100,)}, _stream, 200),
         *(
             Job(f"predict, {rows:,} row{'s' * (rows > 1)}", "digits", {"max_iter": 10}, _predict, repeats, rows)
             for rows, repeats in ((1, 500), (100, 300), (100_000, 2))
         ),
+        Job("predict, 1,000 sparse texts", "texts", {"max_iter": 3}, _predict, 30, 1000),
         Job("GridSearchCV, digits", "digits", {"max_iter": 30}, _search, processes=True),
     )
 }

@@ -702,7 +702,7 @@ def test_dropout_of_the_operations_is_the_contracts():
 def padding(trainer):
     """Which entries of the packed parameters are none of the network's."""
     used = np.zeros_like(trainer.memory.parameters[0])
-    step.load(0, 1, trainer.layers, np.ones_like(trainer.job.parameters), used)
+    step.load(0, 1, trainer.layers, 0, np.ones_like(trainer.job.parameters), used)
     return used == 0
 
 

@@ -304,10 +304,12 @@ def test_products_of_a_sparse_matrix_have_the_bits_of_the_dense_one(dtype, kind,
     entries = SparseRows(kind(A[np.argsort(order)]).tocsr(), dtype).entries
     panel = product.panel
     c = np.full(rows * product.bias.size, UNTOUCHED, dtype)
-    right = product.in_panels(product.W, depth), 0, depth * panel
+    in_panels = product.in_panels(product.W, depth), 0, depth * panel, panel
+    row_major = np.append(product.W, np.full(panel, np.nan, dtype)), 0, panel, n_columns
     shape = n_rows, rows, n_columns
-    gemm_nn_of_entries(entries, order, 0, right, (c, 0, rows * panel), shape, (product.bias, 0, panel))
-    close(product.row_major(c), product.row_major(product.forward(False)), kind)
+    for right in (in_panels, row_major):
+        gemm_nn_of_entries(entries, order, 0, right, (c, 0, rows * panel), shape, (product.bias, 0, panel))
+        close(product.row_major(c), product.row_major(product.forward(False)), kind)
 
     sorted_entries = np.zeros(depth, np.int64), np.zeros(len(entries.values), np.int32), entries.values.copy()
     by_columns(entries, order, 0, n_rows, depth, sorted_entries)
@@ -382,6 +384,24 @@ def test_a_network_is_trained_and_asked_with_sparse_rows_as_they_are(dtype, kind
     tolerance = 0 if same_bits else {"float32": 1e-3, "float64": 1e-9}[dtype]
     for actual, expected in zip(*reversed(found), strict=True):
         assert np.abs(np.subtract(actual, expected)).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.usefixtures("never_dense")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[301, 5], [301, 1, 2], [2, 7, 3], [301, PANEL + 3, 41, 5]], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 2, 37])
+def test_predictions_for_sparse_rows_are_the_references(dtype, sizes, n_rows):
+    X = sparse(n_rows, sizes[0], 0.2, dtype)
+    outputs = {}
+    for backend, rows in (("numpy", X), ("cpu", scipy.sparse.csr_array(X))):
+        net = bp.MLP(sizes, "sigmoid", backend=backend, dtype=dtype, seed=0)
+        for b in net.b:
+            b[...] = np.linspace(-1, 1, len(b))
+        outputs[backend] = net.predict_proba(rows)
+        labels = net.predict(rows)
+        assert np.array_equal(labels, outputs[backend].argmax(axis=1))
+    assert np.ptp(outputs["numpy"]) > 0
+    assert np.abs(outputs["cpu"] - outputs["numpy"]).max() <= {"float32": 1e-5, "float64": 1e-12}[dtype]
 
 
 def test_a_stream_goes_on_from_sparse_rows_to_dense_ones_and_back():

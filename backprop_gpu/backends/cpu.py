@@ -60,6 +60,24 @@ def _for_inference(architecture: Architecture, plan: cpu_plan.Plan, dtype: str) 
     return layout, layout.record(architecture)
 
 
+def _work(architecture: Architecture, X: Array | Entries) -> tuple[int, int]:
+    """Rows, and multiply-adds of a forward pass over them."""
+    if not isinstance(X, Entries):
+        return len(X), len(X) * architecture.n_weights
+    n_rows, (n_in, n_out) = len(X.starts) - 1, architecture.layer_sizes[:2]
+    return n_rows, len(X.values) * n_out + n_rows * (architecture.n_weights - n_in * n_out)
+
+
+def _arguments(architecture: Architecture, X: Array | Entries, flat: Array, panel: int) -> tuple[Any, ...]:
+    """What `step.infer` takes of X and of the flat parameters: x, entries, order, flat."""
+    n_in, n_out = architecture.layer_sizes[:2]
+    if not isinstance(X, Entries):
+        return plain(X), no_entries(flat.dtype), np.empty(0, np.int64), flat
+    if len(flat) < n_in * n_out + panel:  # of a network that is all first layer
+        flat = np.append(flat, np.zeros(panel, flat.dtype))
+    return np.empty((0, n_in), flat.dtype), Entries(*map(plain, X)), np.arange(len(X.starts) - 1), flat
+
+
 class CpuBackend(NumpyBackend):
     """Compiled by Numba; runs wherever Numba does."""
 
@@ -74,25 +92,21 @@ class CpuBackend(NumpyBackend):
     ) -> WholeForward | None:
         """A tile of rows at a time goes through all layers, and whatever is wanted of it, while it is in cache.
 
-        None for few rows: the five operations take them from the weights where they lie.
+        None for few dense rows: the five operations take them from the weights where they lie.
         """
-        n_in, n_out = architecture.layer_sizes[0], architecture.layer_sizes[-1]
-        n_rows, dtype = (len(X.starts) - 1, X.values.dtype) if isinstance(X, Entries) else (len(X), X.dtype)
-        if n_rows * architecture.n_weights <= FEW_PRODUCTS:
+        n_rows, n_products = _work(architecture, X)
+        if not isinstance(X, Entries) and n_products <= FEW_PRODUCTS:
             return None
-        if isinstance(X, Entries):
-            x, entries, order, data = np.empty((0, n_in), dtype), X, np.arange(n_rows), cpu_plan.SPARSE
-        else:
-            x, entries, order = X, no_entries(dtype), np.empty(0, np.int64)
-            data = cpu_plan.Nonzero.of(n_rows, lambda some: x[some])
-        plan = cpu_plan.for_inference(architecture, n_rows, dtype.name, threading.available(), data)
+        n_out, dtype, flat = architecture.layer_sizes[-1], parameters.dtype, plain(parameters)
+        data = cpu_plan.SPARSE if isinstance(X, Entries) else cpu_plan.Nonzero.of(n_rows, X.__getitem__)
+        plan = cpu_plan.for_inference(architecture, n_rows, n_products, dtype.name, threading.available(), data)
         layout, record = _for_inference(architecture, plan, dtype.name)
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
-        step.load(0, 1, layout.layers, plain(parameters), memory.parameters[0])
-        of_x = plain(x), Entries(*map(plain, entries)), order
-        arguments = record, layout.layers, *of_x, memory, WANTED[wanted], _flat(outputs), labels, sums
+        step.load(0, 1, layout.layers, int(plan.by_entries), flat, memory.parameters[0])
+        of_X = _arguments(architecture, X, flat, layout.panel)
+        arguments = record, layout.layers, *of_X, memory, WANTED[wanted], _flat(outputs), labels, sums
         threading.require(step.infer(plan.n_threads, UNUSED, arguments))
         return WholeForward(labels if wanted == "labels" else outputs, bool(np.isfinite(sums).all()))
 

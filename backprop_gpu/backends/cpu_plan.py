@@ -240,9 +240,11 @@ class Plan:
         return self.n_threads if self.copies else 1
 
 
-def for_inference(architecture: Architecture, n_rows: int, dtype: str, threads: int, data: Nonzero = DENSE) -> Plan:
+def for_inference(
+    architecture: Architecture, n_rows: int, n_products: int, dtype: str, threads: int, data: Nonzero = DENSE
+) -> Plan:
     """The plan for a forward pass: every thread takes its own tiles, of work that is worth starting it."""
-    worth = n_rows * architecture.n_weights // PRODUCTS_TO_START
+    worth = n_products // PRODUCTS_TO_START
     n_threads = max(1, min(threads, worth, n_rows // ROWS_PER_THREAD))
     tile_rows = _tile_rows(architecture, n_rows, dtype, n_threads, data)
     z_where = data.in_rows <= _most_nonzero(architecture, tile_rows, dtype)

@@ -29,15 +29,18 @@ MOST_PANELS = 4
 
 
 @intrinsic
-def _add_entries(typing_context, values, indices, low, high, b, b_start, b_stride, c, c_start, c_stride, panels, apart):
+def _add_entries(
+    typing_context, values, indices, low, high, b, b_start, b_stride, b_row, c, c_start, c_stride, panels, apart
+):
     """c += Σ values[e] · b[indices[e], :], low ≤ e < high, in so many panels of a row of C, MOST_PANELS at the most.
 
-    apart : the sum is made by itself, and then added; else it begins with c.
+    b_row : from one row of b to the next, as b_stride is from one panel to the next; apart : the sum is made by itself,
+    and then added; else it begins with c.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, low, high, _, b_start, b_stride, _, c_start, c_stride, panels, apart = arguments
-        values, indices, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4, 7))
+        _, _, low, high, _, b_start, b_stride, b_row, _, c_start, c_stride, panels, apart = arguments
+        values, indices, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4, 8))
         vectors = Vectors(builder, signature.args[0].dtype, VECTORS)
         b, c = vectors.pointer(b, b_start), vectors.pointer(c, c_start)
 
@@ -48,7 +51,7 @@ def _add_entries(typing_context, values, indices, low, high, b, b_start, b_strid
             with cgutils.for_range_slice(builder, low, high, SIZE(1)) as (entry, _):
                 value = vectors.splat(vectors.pointer(values, entry))
                 index = builder.zext(builder.load(vectors.pointer(indices, entry)), SIZE)
-                row = vectors.pointer(b, builder.mul(index, SIZE(vectors.panel)))
+                row = vectors.pointer(b, builder.mul(index, b_row))
                 of_b = [x for p in range(count) for x in vectors.row(vectors.pointer(row, of_panel(b_stride, p)), 0)]
                 for total, x in zip(sums, of_b, strict=True):
                     builder.store(vectors.multiply_add(value, vectors.load(x), builder.load(total)), total)
@@ -65,16 +68,18 @@ def _add_entries(typing_context, values, indices, low, high, b, b_start, b_strid
         return context.get_dummy_value()
 
     size, flag = types.intp, types.boolean
-    return types.void(values, indices, size, size, b, size, size, c, size, size, size, flag), generate
+    return types.void(values, indices, size, size, b, size, size, size, c, size, size, size, flag), generate
 
 
 @compiled
 def gemm_nn_of_entries(entries, order, first, B, C, shape, bias):
     """C = A B + bias, overwriting C, see `gemm.gemm_nn`, for the rows order[first], … of a sparse A.
 
+    B : as for `gemm.gemm_nn`, and what is from one row to the next: a panel's width, or in a row-major matrix, of which
+    a panel of columns is a panel's width further, the number of columns; what is read beyond its end makes C's padding.
     shape : (rows, those that are computed, columns of B); where more are computed, as rows of A that are 0.
     """
-    (b, b_start, b_stride), (c, c_start, c_stride), (bias, bias_start, bias_step) = B, C, bias
+    (b, b_start, b_stride, b_row), (c, c_start, c_stride), (bias, bias_start, bias_step) = B, C, bias
     panel, starts, (n_rows, n_computed, n_columns) = panel_width(b), entries.starts, shape
     n_panels = (n_columns + panel - 1) // panel
     for r in range(n_computed):
@@ -84,7 +89,8 @@ def gemm_nn_of_entries(entries, order, first, B, C, shape, bias):
             copy_vectors(bias, bias_start + p * bias_step, c, to + p * c_stride, VECTORS)
         for p in range(0, n_panels, MOST_PANELS):
             some, right, here = min(MOST_PANELS, n_panels - p), b_start + p * b_stride, to + p * c_stride
-            _add_entries(entries.values, entries.columns, low, high, b, right, b_stride, c, here, c_stride, some, False)
+            where = right, b_stride, b_row
+            _add_entries(entries.values, entries.columns, low, high, b, *where, c, here, c_stride, some, False)
 
 
 @compiled
@@ -131,4 +137,4 @@ def gemm_tn_of_entries(sorted_entries, n_columns, columns, B, p, C, claimed):
             low, limit = e, (rows[e] // ROWS_OF_SUM + 1) * ROWS_OF_SUM
             while e < end and rows[e] < limit:
                 e += 1
-            _add_entries(values, rows, low, e, b, b_start + p * b_stride, 0, c, to, 0, 1, True)
+            _add_entries(values, rows, low, e, b, b_start + p * b_stride, 0, panel, c, to, 0, 1, True)

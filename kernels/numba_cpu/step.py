@@ -191,24 +191,27 @@ def infer(n_threads, barrier, arguments):
 
 
 @compiled
-def part_of_infer(thread, plan, layers, x, entries, order, memory, wanted, outputs, labels, sums):
+def part_of_infer(thread, plan, layers, x, entries, order, flat, memory, wanted, outputs, labels, sums):
     """One thread's part of what the network says of all rows of x, or of a sparse X's entries, without dropout.
 
     wanted : Z or A overwrites `outputs`, (N · n_out,), with z or σ(z) of the output layer; LABELS overwrites `labels`,
-    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is. order :
-    (N,) int64, in which the rows of a sparse X, which are finite, are taken; empty of a dense one.
+    (N,) int64, see `winners`. sums : (n_threads, panel), to which x is added: it stays finite if all of x is.
+
+    Of a sparse X, which is finite: order : (N,) int64, in which its rows are taken; flat : the parameters, of which the
+    first W is read, and a panel's width more.
     """
     here, layer = plan[0], layers[layers.size - 1]
     memory = memory_of(0, here, borrowed(memory), 0)
     outputs, labels, sums = borrowed(outputs), borrowed(labels), borrowed(sums)[thread]
     begin(memory.passes)
     low, high = rows_of(thread, here.n_threads, order.size if here.by_entries else x.shape[0])
-    at, entries, order = thread * here.span, borrowed(entries), borrowed(order)
+    at, entries, order, flat = thread * here.span, borrowed(entries), borrowed(order), borrowed(flat)
+    W = flat, 0, panel_width(flat), layers[0].n_out
     out, n_out = layer.a + at, layer.n_out
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
         if here.by_entries:
-            first_layer_of_entries(here, layers[0], entries, order, row, memory, rows, at, 0, -1)
+            first_layer_of_entries(here, layers[0], W, entries, order, row, memory, rows, at, 0, -1)
         else:
             gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
             look_for_zeros(here, layers[0], memory, at, rows)
@@ -245,16 +248,17 @@ def first_layer(thread, plan, part, batches, memory, first_row, n_rows, dropout_
 def take_rows(plan, layer, batches, first, memory, n_rows, at, row, step):
     """Rows order[first], … of X as the input of the first layer; of a sparse X, that layer's output."""
     if plan.by_entries:
-        first_layer_of_entries(plan, layer, batches.entries, batches.order, first, memory, n_rows, at, row, step)
+        W, entries = (memory.parameters, layer.W, layer.W_stride, panel_width(memory.parameters)), batches.entries
+        first_layer_of_entries(plan, layer, W, entries, batches.order, first, memory, n_rows, at, row, step)
     else:
         gather(batches.x, batches.order, first, n_rows, memory.passes, layer.a_prev + at, plan.stride)
         look_for_zeros(plan, layer, memory, at, n_rows)
 
 
 @compiled
-def first_layer_of_entries(plan, layer, entries, order, first, memory, n_rows, at, row, step):
+def first_layer_of_entries(plan, layer, W, entries, order, first, memory, n_rows, at, row, step):
     """a of the first layer, or z where it is the only one, for rows order[first], … of a sparse X."""
-    W, bias = (memory.parameters, layer.W, layer.W_stride), (memory.parameters, layer.b, panel_width(memory.passes))
+    bias = memory.parameters, layer.b, panel_width(memory.parameters)
     z = (layer.z if layer.from_z else layer.a) + at
     shape = n_rows, computed(n_rows), layer.n_out
     gemm_nn_of_entries(entries, order, first, W, (memory.passes, z, plan.stride), shape, bias)
@@ -548,9 +552,9 @@ def update_range(plan, memory, settings, gradients, start, stop, shift, learning
 
 
 @entry_point
-def load(thread, n_threads, layers, flat, packed):
-    """One thread's panels of a flat vector (all W, then all b) into its packed form."""
-    load_vector(thread, n_threads, layers, borrowed(flat), borrowed(packed))
+def load(thread, n_threads, layers, first, flat, packed):
+    """One thread's panels of a flat vector (all W, then all b) into its packed form, W from layer `first` on."""
+    load_vector(thread, n_threads, layers, first, borrowed(flat), borrowed(packed))
 
 
 @entry_point
@@ -562,11 +566,11 @@ def store(thread, n_threads, layers, packed, flat):
 @compiled
 def load_all(member, n_members, plan, layers, vectors, n_loaded, memory, barrier):
     """The first n_loaded vectors, and Wᵀ; False where the barrier is stopped."""
-    load_vector(member, n_members, layers, vectors[0], memory.parameters)
+    load_vector(member, n_members, layers, 0, vectors[0], memory.parameters)
     if n_loaded > 1 and vectors[1].size > 0:
-        load_vector(member, n_members, layers, vectors[1], memory.slot_1)
+        load_vector(member, n_members, layers, 0, vectors[1], memory.slot_1)
     if n_loaded > 2 and vectors[2].size > 0:
-        load_vector(member, n_members, layers, vectors[2], memory.slot_2)
+        load_vector(member, n_members, layers, 0, vectors[2], memory.slot_2)
     if not wait(barrier, n_members):
         return False
     for index in range(1, plan.n_layers):
@@ -587,12 +591,13 @@ def store_all(member, n_members, layers, vectors, n_stored, memory):
 
 
 @compiled
-def load_vector(thread, n_threads, layers, flat, packed):
+def load_vector(thread, n_threads, layers, first, flat, packed):
     """See `load`."""
     at = 0
     for index in range(layers.size):
         layer = layers[index]
-        pack(thread, n_threads, flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
+        if index >= first:
+            pack(thread, n_threads, flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
         at += layer.n_in * layer.n_out
     for index in range(layers.size):
         layer = layers[index]
