@@ -77,9 +77,13 @@ class DenseRows(Rows):
 
 
 class SparseRows(Rows):
-    """Rows of a SciPy CSR matrix, made dense where they are taken one way; `entries` is the other."""
+    """Rows of a SciPy CSR matrix, made dense where they are taken one way; `entries` is the other.
+
+    ValueError for a damaged matrix, of which SciPy looks at the sizes alone.
+    """
 
     def __init__(self, x: Any, dtype: str) -> None:
+        _require_elements(x)
         self.x, self.shape, self.dtype = x, (x.shape[0], x.shape[1]), dtype
 
     @cached_property
@@ -306,6 +310,15 @@ def _require_finite_entries(x: Any, dtype: str, name: str) -> None:
         entry = int(bad.argmax())
         row = int(np.searchsorted(x.indptr, entry, side="right")) - 1
         raise ValueError(_not_finite(name, x.data[entry], dtype, row, int(x.indices[entry])))
+
+
+def _require_elements(x: Any) -> None:
+    """The elements of a CSR matrix are in its columns, and in its rows in turn."""
+    if x.indices.size and not 0 <= x.indices.min() <= x.indices.max() < x.shape[1]:
+        wrong = x.indices[(x.indices < 0) | (x.indices >= x.shape[1])][0]
+        raise ValueError(f"the sparse matrix is damaged: it has {x.shape[1]} columns, and an element in column {wrong}")
+    if x.indptr[0] != 0 or (np.diff(x.indptr) < 0).any() or x.indptr[-1] > len(x.indices):
+        raise ValueError("the sparse matrix is damaged: its indptr must rise from 0 to the number of its elements")
 
 
 def _not_finite(name: str, value: Any, dtype: str, row: int, column: int) -> str:

@@ -22,7 +22,7 @@ from backprop_gpu import checks, data, optimizers, storage
 from backprop_gpu.backends.contract import AfterStep, Array, Trainer, TrainingJob
 from backprop_gpu.checkpoint import Checkpoint, checksum
 from backprop_gpu.checks import integer, unknown
-from backprop_gpu.data import Rows
+from backprop_gpu.data import Rows, SparseRows
 from backprop_gpu.history import DivergenceError, History
 from backprop_gpu.optimizers import Optimizer
 from backprop_gpu.progress import ProgressBar, interrupt_noted
@@ -190,7 +190,7 @@ def fit(
     train = np.arange(len(rows))
     if n_held_out:
         held_out, train = (np.sort(part) for part in np.split(rng.permutation(len(rows)), [n_held_out]))
-        validation = (_Taken(rows, held_out), target[held_out], None if w is None else w[held_out])
+        validation = (_some(rows, held_out), target[held_out], None if w is None else w[held_out])
         _require_weight(w, held_out, "held-out")
     _require_weight(w, train, "training")
 
@@ -485,6 +485,13 @@ def _stopping(early_stopping: EarlyStopping | bool | None, net: MLP, validated: 
     if monitor not in metrics:
         raise unknown("metric to monitor", monitor, metrics)
     return EarlyStopping(stopping.patience, stopping.min_delta, monitor)
+
+
+def _some(rows: Rows, indices: Indices) -> Rows:
+    """These of the rows; sparse ones stay so."""
+    if isinstance(rows, SparseRows):
+        return SparseRows(rows.x[indices], rows.dtype)
+    return _Taken(rows, indices)
 
 
 class _Taken(Rows):

@@ -135,6 +135,20 @@ def test_wide_sparse_rows_are_predicted_a_few_at_a_time(monkeypatch):
     assert max(rows * columns for rows, columns in sizes) <= 1 << 18
 
 
+@pytest.mark.parametrize(
+    ("part", "at", "value"), [("indices", 3, FEATURES), ("indices", 0, -1), ("indptr", 3, 9999), ("indptr", -1, 9999)]
+)
+def test_a_damaged_sparse_matrix_is_refused(X, y, part, at, value):
+    damaged = sp.csr_array(X)
+    getattr(damaged, part)[at] = value
+    net = make_net()
+    before = net.parameters.copy()
+    for ask in (lambda: net.fit(damaged, y), lambda: net.predict(damaged)):
+        with pytest.raises(ValueError, match="the sparse matrix is damaged: "):
+            ask()
+    assert np.array_equal(net.parameters, before)
+
+
 def test_a_frame_of_numbers_and_booleans_is_numbers(y):
     frame = pd.DataFrame({"a": np.arange(N) % 2 == 0, "b": np.linspace(0, 1, N), "c": np.arange(N)})
     frame["d"] = frame["c"].astype("Int64")

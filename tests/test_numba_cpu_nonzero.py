@@ -376,9 +376,13 @@ def test_a_network_is_trained_and_asked_with_sparse_rows_as_they_are(dtype, kind
     found = []
     for rows in (X, kind(X)):
         net = bp.MLP([301, 256, 5], backend="cpu", dtype=dtype, seed=3)
-        history = net.fit(rows, y, epochs=2, batch_size=100, sample_weight=1 + np.arange(803.0))
+        history = net.fit(
+            rows, y, epochs=2, batch_size=100, sample_weight=1 + np.arange(803.0), validation_fraction=0.1
+        )
         loss = net.partial_fit(rows, y, batch_size=100)
-        found.append((history["loss"], loss, net.parameters, net.predict(rows), net.predict_proba(rows)))
+        found.append(
+            (history["loss"], history["val_loss"], loss, net.parameters, net.predict(rows), net.predict_proba(rows))
+        )
         found[-1] += tuple(net.evaluate(rows, y).values())
     same_bits = kind is not unordered and not cpu_plan.may_split(dtype)  # (sums in parts, or by a matrix unit)
     tolerance = 0 if same_bits else {"float32": 1e-3, "float64": 1e-9}[dtype]

@@ -9,7 +9,7 @@ from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
 from backprop_gpu.kernels.numba_cpu.nonzero import gemm_nn_where
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
-__all__ = ["activate", "dense_forward", "pre_activation", "z_of_layer"]
+__all__ = ["activate", "dense_forward", "pre_activation", "z_of_layer", "zero_padding"]
 
 
 @compiled

@@ -30,7 +30,7 @@ import math
 from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
-from backprop_gpu.kernels.numba_cpu.dense_forward import activate, dense_forward, z_of_layer
+from backprop_gpu.kernels.numba_cpu.dense_forward import activate, dense_forward, z_of_layer, zero_padding
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.entries import by_columns, gemm_nn_of_entries
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
@@ -212,6 +212,7 @@ def part_of_infer(thread, plan, layers, x, entries, order, flat, memory, wanted,
         rows = min(here.tile_rows, high - row)
         if here.by_entries:
             first_layer_of_entries(here, layers[0], W, entries, order, row, memory, rows, at, 0, -1)
+            zero_padding(memory.passes, layers[0].a + at, here.stride, computed(rows), layers[0].n_out)
         else:
             gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
             look_for_zeros(here, layers[0], memory, at, rows)
