@@ -256,7 +256,7 @@ def test_predictions_are_the_references(dtype, sizes, monkeypatch):
     for backend in ("numpy", "cpu"):
         net = bp.MLP(sizes, backend=backend, dtype=dtype, seed=0)
         outputs[backend] = net.predict_proba(X)
-    assert [p.z_where for p in made] == [True]
+    assert [p.z_where for p in made] == [len(sizes) > 2]
     assert np.abs(outputs["cpu"] - outputs["numpy"]).max() <= {"float32": 1e-5, "float64": 1e-12}[dtype]
     assert np.ptp(outputs["numpy"]) > 0
 
@@ -430,3 +430,17 @@ def test_a_sparse_matrix_of_any_numbers_that_may_not_be_written_to(data):
         net.fit(rows, y, epochs=2, batch_size=100)
         found.append(net.parameters)
     assert np.abs(found[1] - found[0]).max() <= 1e-12 * np.abs(found[0]).max()
+
+
+@pytest.mark.parametrize(
+    "plan_for", [cpu_plan.for_training, lambda a, n, *rest: cpu_plan.for_inference(a, n, n, *rest)]
+)
+def test_tiles_and_memory_do_not_grow_with_the_columns_of_a_sparse_matrix(plan_for):
+    plans, entries = [], []
+    for n_in in (3000, 30_000):
+        architecture = bp.MLP([n_in, 100, 4]).architecture
+        plans.append(plan_for(architecture, 256, "float32", 2, cpu_plan.SPARSE))
+        entries.append(cpu_plan.Layout(architecture, plans[-1], 256, "float32").n_passes)
+    assert plans[0].by_entries
+    assert plans[0].tile_rows == plans[1].tile_rows > BLOCK_ROWS
+    assert entries[0] == entries[1]

@@ -222,7 +222,7 @@ class Plan:
     """Each thread has the parameters and the optimizer's state for itself, and updates all; only with `split_rows`,
     and of several threads."""
     z_where: bool = False
-    """Of the first layer's z = X W + b, products by 0 are left out."""
+    """Of the first layer's z = X W + b, products by 0 are left out; never where that is the only layer."""
     dW_where: bool = False
     """Likewise of its ∂C/∂W = Xᵀ δ."""
     by_entries: bool = False
@@ -247,7 +247,7 @@ def for_inference(
     worth = n_products // PRODUCTS_TO_START
     n_threads = max(1, min(threads, worth, n_rows // ROWS_PER_THREAD))
     tile_rows = _tile_rows(architecture, n_rows, dtype, n_threads, data)
-    z_where = data.in_rows <= _most_nonzero(architecture, tile_rows, dtype)
+    z_where = architecture.n_layers > 1 and data.in_rows <= _most_nonzero(architecture, tile_rows, dtype)
     return Plan(n_threads, tile_rows, split_rows=True, z_where=z_where, by_entries=data.sparse)
 
 
@@ -267,7 +267,7 @@ def for_training(architecture: Architecture, batch_size: int, dtype: str, thread
         split_rows,
         split_columns=1 < n_threads == by_columns,
         copies=split_rows and 1 < n_threads <= MOST_COPIES,
-        z_where=data.in_rows <= most,
+        z_where=architecture.n_layers > 1 and data.in_rows <= most,
         dW_where=data.in_columns <= most,
         by_entries=data.sparse,
     )

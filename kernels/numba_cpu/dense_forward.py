@@ -9,7 +9,7 @@ from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
 from backprop_gpu.kernels.numba_cpu.nonzero import gemm_nn_where
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
-__all__ = ["activate", "dense_forward", "pre_activation", "z_of_layer", "zero_padding"]
+__all__ = ["dense_forward", "pre_activation", "zero_padding"]
 
 
 @compiled
@@ -34,21 +34,16 @@ def z_of_layer(thread, plan, layer, index, memory, a_prev, z, n_rows):
 def dense_forward(thread, plan, layer, index, memory, n_rows, at, first_row, step):
     """a = σ(a_prev W + b) for the tile at `at` in `passes`.
 
-    n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none.
+    n_rows : whole half blocks; first_row : of the tile in its mini-batch; step : dropout's, negative for none. Of a
+    sparse X, z of the first layer is there already.
     """
-    z = (layer.z if layer.from_z else layer.a) + at
-    a_prev = memory.passes, layer.a_prev + at, plan.stride
-    z_of_layer(thread, plan, layer, index, memory, a_prev, (memory.passes, z, plan.stride), n_rows)
-    activate(plan, layer, index, memory, n_rows, at, first_row, step)
-
-
-@compiled
-def activate(plan, layer, index, memory, n_rows, at, first_row, step):
-    """a = σ(z), with dropout; see `dense_forward`."""
     passes, panel = memory.passes, panel_width(memory.passes)
     a, factors = layer.a + at, layer.factors + at
     z = (layer.z if layer.from_z else layer.a) + at
     drops = layer.dropout > 0 and step >= 0
+    if not (index == 0 and plan.by_entries):
+        a_prev = passes, layer.a_prev + at, plan.stride
+        z_of_layer(thread, plan, layer, index, memory, a_prev, (passes, z, plan.stride), n_rows)
     if drops:
         keep_factors(
             passes,

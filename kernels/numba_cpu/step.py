@@ -30,7 +30,7 @@ import math
 from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
-from backprop_gpu.kernels.numba_cpu.dense_forward import activate, dense_forward, z_of_layer, zero_padding
+from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation, zero_padding
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.entries import by_columns, gemm_nn_of_entries
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
@@ -211,13 +211,13 @@ def part_of_infer(thread, plan, layers, x, entries, order, flat, memory, wanted,
     for row in range(low, high, here.tile_rows):
         rows = min(here.tile_rows, high - row)
         if here.by_entries:
-            first_layer_of_entries(here, layers[0], W, entries, order, row, memory, rows, at, 0, -1)
-            zero_padding(memory.passes, layers[0].a + at, here.stride, computed(rows), layers[0].n_out)
+            z = z_of_entries(here, layers[0], W, entries, order, row, memory, rows, at)
+            zero_padding(memory.passes, z, here.stride, computed(rows), layers[0].n_out)
         else:
             gather_run(x, row, rows, memory.passes, layers[0].a_prev + at, here.stride)
             look_for_zeros(here, layers[0], memory, at, rows)
             add_columns(layers[0], memory.passes, layers[0].a_prev + at, here.stride, rows, sums)
-        hidden_layers(thread, here, layers, memory, computed(rows), at, here.by_entries, 0, -1)
+        hidden_layers(thread, here, layers, memory, computed(rows), at, 0, -1)
         if wanted == LABELS:
             winners(memory.passes, out, here.stride, rows, n_out, labels, row)
             continue
@@ -240,31 +240,28 @@ def add_columns(layer, tile, start, stride, n_rows, sums):
 @compiled
 def first_layer(thread, plan, part, batches, memory, first_row, n_rows, dropout_step):
     """a of a thread's columns of the first layer, for all rows of a mini-batch, which it gathers for itself."""
-    take_rows(plan, part, batches, first_row, memory, n_rows, 0, 0, dropout_step)
-    if not plan.by_entries:
-        dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
+    take_rows(plan, part, batches, first_row, memory, n_rows, 0)
+    dense_forward(thread, plan, part, 0, memory, computed(n_rows), 0, 0, dropout_step)
 
 
 @compiled
-def take_rows(plan, layer, batches, first, memory, n_rows, at, row, step):
-    """Rows order[first], … of X as the input of the first layer; of a sparse X, that layer's output."""
+def take_rows(plan, layer, batches, first, memory, n_rows, at):
+    """Rows order[first], … of X as the input of the first layer; of a sparse X, that layer's z."""
     if plan.by_entries:
-        W, entries = (memory.parameters, layer.W, layer.W_stride, panel_width(memory.parameters)), batches.entries
-        first_layer_of_entries(plan, layer, W, entries, batches.order, first, memory, n_rows, at, row, step)
+        W = memory.parameters, layer.W, layer.W_stride, panel_width(memory.parameters)
+        z_of_entries(plan, layer, W, batches.entries, batches.order, first, memory, n_rows, at)
     else:
         gather(batches.x, batches.order, first, n_rows, memory.passes, layer.a_prev + at, plan.stride)
         look_for_zeros(plan, layer, memory, at, n_rows)
 
 
 @compiled
-def first_layer_of_entries(plan, layer, W, entries, order, first, memory, n_rows, at, row, step):
-    """a of the first layer, or z where it is the only one, for rows order[first], … of a sparse X."""
+def z_of_entries(plan, layer, W, entries, order, first, memory, n_rows, at):
+    """z of the first layer for rows order[first], … of a sparse X; returns where it is."""
     bias = memory.parameters, layer.b, panel_width(memory.parameters)
-    z = (layer.z if layer.from_z else layer.a) + at
-    shape = n_rows, computed(n_rows), layer.n_out
+    z, shape = (layer.z if layer.from_z else layer.a) + at, (n_rows, computed(n_rows), layer.n_out)
     gemm_nn_of_entries(entries, order, first, W, (memory.passes, z, plan.stride), shape, bias)
-    if plan.n_layers > 1:
-        activate(plan, layer, 0, memory, computed(n_rows), at, row, step)
+    return z
 
 
 @compiled
@@ -284,7 +281,7 @@ def passes(thread, plan, layers, batches, memory, first_row, n_rows, dropout_ste
         rows = min(plan.tile_rows, high - row)
         at = thread * plan.span + (0 if plan.split_rows else row * panel)
         if plan.split_columns == 0:
-            take_rows(plan, layers[0], batches, first_row + row, memory, rows, at, row, dropout_step)
+            take_rows(plan, layers[0], batches, first_row + row, memory, rows, at)
         cost += forward(thread, plan, layers, batches, memory, first_row, row, rows, at, dropout_step)
         backward(thread, plan, layers, memory, rows, at, row > low)
     if low == high:
@@ -311,8 +308,7 @@ def computed(n_rows):
 def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, dropout_step):
     """The forward pass and the loss of a tile: leaves δ of the output layer, returns the tile's part of C."""
     layer = layers[plan.n_layers - 1]
-    first = 1 if plan.split_columns or plan.by_entries else 0
-    hidden_layers(thread, plan, layers, memory, computed(n_rows), at, first, row, dropout_step)
+    hidden_layers(thread, plan, layers, memory, computed(n_rows), at, row, dropout_step)
     return output_delta(
         plan.loss,
         plan.loss_setting,
@@ -330,17 +326,16 @@ def forward(thread, plan, layers, batches, memory, first_row, row, n_rows, at, d
 
 
 @compiled
-def hidden_layers(thread, plan, layers, memory, n_rows, at, first, row, dropout_step):
-    """The forward pass of a tile from layer `first` up to z of the output layer; a negative dropout_step leaves no
-    neuron out."""
+def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
+    """The forward pass of a tile, up to z of the output layer; a negative dropout_step leaves no neuron out."""
     last = plan.n_layers - 1
-    for index in range(first, last):
+    for index in range(plan.split_columns, last):
         dense_forward(thread, plan, layers[index], index, memory, n_rows, at, row, dropout_step)
-    if first > last:
+    if last == 0 and plan.by_entries:
         return
     layer, passes = layers[last], memory.passes
     a_prev, z = (passes, layer.a_prev + at, plan.stride), (passes, layer.a + at, plan.stride)
-    z_of_layer(thread, plan, layer, last, memory, a_prev, z, n_rows)
+    pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
 
 
 @compiled
