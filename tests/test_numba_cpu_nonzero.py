@@ -239,9 +239,9 @@ def test_where_there_is_little_to_gain_nothing_is_looked_for(shape):
 
 def test_a_matrix_unit_leaves_less_to_gain(monkeypatch):
     data, architecture = cpu_plan.Nonzero(0.6, 0.6), bp.MLP([784, 1024, 10]).architecture
-    assert cpu_plan.for_training(architecture, 512, "float32", 2, data).z_where
-    monkeypatch.setattr(cpu_plan, "may_split", lambda _: True)
-    assert not cpu_plan.for_training(architecture, 512, "float32", 2, data).z_where
+    for has_unit in (False, True):
+        monkeypatch.setattr(cpu_plan, "may_split", lambda _, has_unit=has_unit: has_unit)
+        assert cpu_plan.for_training(architecture, 512, "float32", 2, data).z_where == (not has_unit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
