@@ -11,7 +11,7 @@ from backprop_gpu import training
 
 pytest.importorskip("numba")
 
-from backprop_gpu.backends import cpu_plan
+from backprop_gpu.backends import cpu, cpu_plan
 from backprop_gpu.data import SparseRows
 from backprop_gpu.kernels.numba_cpu import entries as of_entries
 from backprop_gpu.kernels.numba_cpu import gemm, nonzero
@@ -405,6 +405,27 @@ def test_predictions_for_sparse_rows_are_the_references(dtype, sizes, n_rows):
         assert np.array_equal(labels, outputs[backend].argmax(axis=1))
     assert np.ptp(outputs["numpy"]) > 0
     assert np.abs(outputs["cpu"] - outputs["numpy"]).max() <= {"float32": 1e-5, "float64": 1e-12}[dtype]
+
+
+def test_a_forward_pass_leaves_no_padding_undefined(monkeypatch):
+    """The rows of W are read in whole panels, with what lies behind them."""
+    made, memory = [], cpu_plan.Layout.memory
+    monkeypatch.setattr(cpu_plan.Layout, "memory", lambda layout: made.append((layout, memory(layout))) or made[-1][1])
+    net = bp.MLP([301, PANEL + 3, 5], "sigmoid", backend="cpu", seed=0)
+    net.predict(scipy.sparse.csr_array(sparse(9, 301, 0.2, "float32")))
+    ((layout, used),) = made
+    last = layout.layers[0]["a"] + layout.stride
+    columns = used.passes[last : last + 9 * PANEL].reshape(9, PANEL)
+    assert columns[:, :3].all()
+    assert not columns[:, 3:].any()
+
+
+@pytest.mark.parametrize("sizes", [[301, 5], [301, 1, 2], [301, 256, 5]], ids=str)
+def test_nothing_is_read_behind_the_parameters(sizes):
+    net, entries = bp.MLP(sizes), SparseRows(scipy.sparse.csr_array(sparse(9, 301, 0.2)), "float32").entries
+    *_, flat = cpu._arguments(net.architecture, entries, net.parameters, PANEL)
+    assert len(flat) >= sizes[0] * sizes[1] + PANEL
+    assert np.array_equal(flat[: len(net.parameters)], net.parameters)
 
 
 def test_a_stream_goes_on_from_sparse_rows_to_dense_ones_and_back():
