@@ -411,7 +411,7 @@ def test_a_forward_pass_leaves_no_padding_undefined(monkeypatch):
     """The rows of W are read in whole panels, with what lies behind them."""
     made, memory = [], cpu_plan.Layout.memory
     monkeypatch.setattr(cpu_plan.Layout, "memory", lambda layout: made.append((layout, memory(layout))) or made[-1][1])
-    net = bp.MLP([301, PANEL + 3, 5], "sigmoid", backend="cpu", seed=0)
+    net = bp.MLP([301, PANEL + 3, 5], "tanh", backend="cpu", seed=0)
     net.predict(scipy.sparse.csr_array(sparse(9, 301, 0.2, "float32")))
     ((layout, used),) = made
     last = layout.layers[0]["a"] + layout.stride
