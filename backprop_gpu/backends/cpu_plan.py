@@ -134,7 +134,7 @@ That takes up to 1.1 times as long where there is no 0, see `nonzero`.
 """
 
 ROWS_LOOKED_AT = 32
-"""For this part: it takes 30 µs for 784 columns."""
+"""For this part: it takes 0.1 ms for 784 columns, once in a `fit`, a stream or a `predict`."""
 
 CHUNK_ROWS, CHUNK_ROWS_OF_THIRDS = ROWS_OF_SUM, amx.MOST_DEPTH
 """Rows over which a block of ∂C/∂W is summed in one go: a longer float32 sum costs digits, and the cache."""

@@ -19,6 +19,8 @@ With `copies`, of a small network whose rows are split, each thread has the para
 itself, adds up all gradients and updates all parameters: twice the work, but only gradients go from core to core. Steps
 alternate between two places for these, so nobody has to wait after the update.
 
+Of a sparse X there is no tile: what is stored of it makes z of the first layer, and, sorted by column, its ∂C/∂W.
+
 A thread in this sense is a share of the work. Those of the operating system are members: each does a share, or one does
 them all, in turn, where there is too little to do for it to be worth starting another.
 """
