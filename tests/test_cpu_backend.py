@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from steps import every_split, trainer_of
 
 import backprop_gpu as bp
-from backprop_gpu import training
 from backprop_gpu.backends.contract import Dropout
 
 pytest.importorskip("numba")
@@ -45,11 +45,6 @@ def network(backend, dtype="float64", sizes=SIZES, **settings):
     return bp.MLP(sizes, backend=backend, dtype=dtype, seed=3, **settings)
 
 
-def trainer_of(net, X, y, batch_size, optimizer, sample_weight=None):
-    job = training._job(net, optimizer, net._take_in(X, y, sample_weight), batch_size, 0)
-    return training._trainer(net, job), job
-
-
 def run(trainer, n_rows, batch_size, learning_rate=1e-2, alpha=0.0):
     n_steps = -(-n_rows // batch_size)
     rates, alphas = np.full(n_steps, learning_rate), np.full(n_steps, alpha)
@@ -63,17 +58,6 @@ def assert_same(actual, expected, dtype):
 
 
 # Every way to divide a step
-
-every_split = pytest.mark.parametrize(
-    "split",
-    [
-        {"split_rows": True},
-        {"split_rows": True, "copies": True},
-        {"split_rows": False},
-        {"split_rows": False, "split_columns": True},
-    ],
-    ids=["rows", "rows, with copies", "blocks", "columns"],
-)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from steps import trainer_of
 
 import backprop_gpu as bp
 from backprop_gpu import training
@@ -59,11 +60,6 @@ def assert_same(actual, expected, dtype="float64"):
     assert np.isfinite(expected).all()
     assert np.abs(expected).max() > 0
     assert np.abs(actual - expected).max() <= RTOL[dtype] * np.abs(expected).max()
-
-
-def trainer_of(net, X, y, batch_size, optimizer, sample_weight=None):
-    job = training._job(net, optimizer, net._take_in(X, y, sample_weight), batch_size, 0)
-    return training._trainer(net, job), job
 
 
 def take_steps(trainer, n_rows, batch_size, after_step=lambda _: True):
