@@ -104,7 +104,7 @@ class CpuBackend(NumpyBackend):
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)
         outputs = np.empty((0 if wanted == "labels" else n_rows, n_out), dtype)
         labels = np.empty(n_rows if wanted == "labels" else 0, np.int64)
-        step.load(0, 1, layout.layers, int(plan.by_entries), flat, memory.parameters[0])
+        step.load(record, layout.layers, flat, memory)
         of_X = _arguments(architecture, X, flat, layout.panel)
         arguments = record, layout.layers, *of_X, memory, WANTED[wanted], _flat(outputs), labels, sums
         threading.require(step.infer(plan.n_threads, UNUSED, arguments))

@@ -20,6 +20,7 @@ from backprop_gpu.kernels.numba_cpu import activations, amx, nonzero, output_del
 from backprop_gpu.kernels.numba_cpu import update as updates
 from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM
+from backprop_gpu.kernels.numba_cpu.narrow import n_narrow, rows_turned
 from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, round_up, width
 from backprop_gpu.optimizers import Optimizer
@@ -376,6 +377,8 @@ class Layout:
             layer["from_z"] = activation.derivative_from == "z"
             layer["pads"] = FORWARD[activation.name](np.zeros(1))[0] != 0
         layers["dropout"][:-1] = architecture.dropout
+        layers["few"][1:] = [n_narrow(n, self.dtype) for n in architecture.layer_sizes[2:]]
+        layers["turned"] = (layers["few"] > 0) & (layers["few"] == layers["n_out"])
 
     def _columns(self, n: int) -> int:
         """Columns with the padding."""
@@ -384,9 +387,15 @@ class Layout:
     def _place_weights(self) -> int:
         end = 0
         for layer in self.layers:
-            layer["W"], layer["W_stride"] = end, round_up(layer["n_in"], BLOCK_ROWS) * self.panel
-            end += self._columns(layer["n_out"]) // self.panel * layer["W_stride"]
+            rows = rows_turned(int(layer["n_out"])) if layer["turned"] else round_up(layer["n_in"], BLOCK_ROWS)
+            layer["W"], layer["W_stride"] = end, rows * self.panel
+            end = self._end_of(layer)
         return int(end)
+
+    def _end_of(self, layer: Any) -> int:
+        """Where a layer's W ends among the packed parameters: whole blocks."""
+        columns = self._columns(layer["n_in"] if layer["turned"] else layer["n_out"])
+        return int(layer["W"] + round_up(columns // self.panel * layer["W_stride"], self._block_size))
 
     def _place_biases(self, end: int) -> int:
         for layer in self.layers:
@@ -397,8 +406,9 @@ class Layout:
     def _place_transposed(self) -> int:
         end = 0
         for layer in self.layers[1:]:
-            layer["T"], layer["T_stride"] = end, round_up(layer["n_out"], BLOCK_ROWS) * self.panel
-            end += self._columns(layer["n_in"]) // self.panel * layer["T_stride"]
+            if not layer["turned"]:
+                layer["T"], layer["T_stride"] = end, round_up(layer["n_out"], BLOCK_ROWS) * self.panel
+                end += self._columns(layer["n_in"]) // self.panel * layer["T_stride"]
         return int(end)
 
     def _place_passes(self) -> int:
@@ -426,8 +436,7 @@ class Layout:
 
     def _blocks_of(self, layer: Any) -> tuple[int, int]:
         """The first block of a layer's W, and the last + 1."""
-        end = layer["W"] + self._columns(layer["n_out"]) // self.panel * layer["W_stride"]
-        return int(layer["W"]) // self._block_size, int(end) // self._block_size
+        return int(layer["W"]) // self._block_size, self._end_of(layer) // self._block_size
 
     def groups(self) -> npt.NDArray[np.int64]:
         """(n_threads, n, 3): for each thread the blocks that it updates in one go, first and last + 1, in their order;
@@ -463,8 +472,8 @@ class Layout:
         that, an even share of the blocks in their order.
         """
         layer, by_columns = self.layers[index], index < self.plan.split_columns
-        in_panel = int(layer["W_stride"]) // self._block_size
         first, last = self._blocks_of(self.parts[thread] if by_columns else layer)
+        in_panel = last - first if layer["turned"] else int(layer["W_stride"]) // self._block_size
         panels = range(first, last, in_panel)
         if by_columns or in_panel >= BLOCKS_PER_THREAD * self.plan.n_threads:
             rows = (0, in_panel) if by_columns else self._share(in_panel, thread)
@@ -537,13 +546,18 @@ class Layout:
             record["clip_norm"] = math.inf if optimizer.clip_norm is None else optimizer.clip_norm
         return record
 
+    @property
+    def _infers_by_transposed(self) -> bool:
+        """Whether a forward pass alone needs some of Wᵀ."""
+        return bool(((self.layers["few"] > 0) & (self.layers["turned"] == 0)).any())
+
     def memory(self, n_slots: int = 0, *, training: bool = False) -> Memory:
         """Everything that a pass writes, zeroed; what only training needs is empty without it."""
         threads, plan = self.plan.n_threads, self.plan
         copies = plan.n_copies
         shapes = {
             "parameters": (copies, self.n_parameters),
-            "transposed": (copies, self.n_transposed * training),
+            "transposed": (copies, self.n_transposed * (training or self._infers_by_transposed)),
             "slot_1": (copies, self.n_parameters * (n_slots > 0)),
             "slot_2": (copies, self.n_parameters * (n_slots > 1)),
             "gradients": (threads * (1 + plan.copies), self.n_parameters * training),

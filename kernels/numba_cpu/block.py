@@ -63,8 +63,11 @@ class Vectors:
         undefined = ir.Constant(self.vector, ir.Undefined)
         element = self.builder.load(pointer, align=self.itemsize)
         one = self.builder.insert_element(undefined, element, ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(one, undefined, lanes)
+        return self.shuffle(one, undefined, [0] * self.lanes)
+
+    def shuffle(self, x: Any, y: Any, lanes: list[int]) -> Any:
+        """These lanes of x, and of y from `self.lanes` on."""
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), lanes))
 
     def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
         """x · y + z, in one instruction where the machine has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.activations import multiply_by_derivative
 from backprop_gpu.kernels.numba_cpu.compile import compiled
+from backprop_gpu.kernels.numba_cpu.dense_forward import transposed_of
 from backprop_gpu.kernels.numba_cpu.dropout import multiply
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
@@ -18,7 +19,7 @@ def dense_backward(thread, plan, layer, next_layer, memory, n_rows, at):
     panel = panel_width(passes)
     gemm_nn(
         (passes, next_layer.delta + at, plan.stride),
-        (memory.transposed, next_layer.T, next_layer.T_stride),
+        transposed_of(next_layer, memory),
         (passes, delta, plan.stride),
         (n_rows, next_layer.n_out, next_layer.n_in),
         (memory.zeros, 0, 0),

@@ -6,10 +6,19 @@ from backprop_gpu.kernels.numba_cpu.activations import apply
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.dropout import keep_factors, multiply
 from backprop_gpu.kernels.numba_cpu.gemm import gemm_nn
+from backprop_gpu.kernels.numba_cpu.narrow import gemm_nn_narrow
 from backprop_gpu.kernels.numba_cpu.nonzero import gemm_nn_where
 from backprop_gpu.kernels.numba_cpu.panels import panel_width
 
-__all__ = ["dense_forward", "pre_activation", "zero_padding"]
+__all__ = ["dense_forward", "pre_activation", "transposed_of", "z_of_layer", "zero_padding"]
+
+
+@compiled
+def transposed_of(layer, memory):
+    """Wᵀ of a layer, as `gemm_nn` takes a matrix: the packed parameters themselves, or their copy."""
+    if layer.turned:
+        return memory.parameters, layer.W, layer.W_stride
+    return memory.transposed, layer.T, layer.T_stride
 
 
 @compiled
@@ -21,13 +30,20 @@ def pre_activation(layer, parameters, a_prev, z, n_rows, scratch):
 
 @compiled
 def z_of_layer(thread, plan, layer, index, memory, a_prev, z, n_rows):
-    """`pre_activation` of layer `index` in a step, of the first one as the plan says."""
+    """`pre_activation` of layer `index` in a step: of the first one as the plan says, of others as their width does."""
+    parameters = memory.parameters
     if index == 0 and plan.z_where:
-        parameters = memory.parameters
         W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
         gemm_nn_where(memory.nonzero, a_prev, W, z, (n_rows, layer.n_in, layer.n_out), bias)
+    elif layer.few > 0:
+        W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
+        many, shape = layer.n_out - layer.few, (n_rows, layer.n_in, layer.n_out)
+        if many > 0:
+            gemm_nn(a_prev, W, z, (n_rows, layer.n_in, many), bias, memory.scratch[thread])
+        T, own_bias = transposed_of(layer, memory), (parameters, layer.b)
+        gemm_nn_narrow(a_prev, T, z, shape, own_bias, layer.few, layer.turned != 0)
     else:
-        pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
+        pre_activation(layer, parameters, a_prev, z, n_rows, memory.scratch[thread])
 
 
 @compiled

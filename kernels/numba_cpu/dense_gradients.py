@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.entries import gemm_tn_of_entries
-from backprop_gpu.kernels.numba_cpu.gemm import gemm_tn, sum_rows
+from backprop_gpu.kernels.numba_cpu.gemm import claim, gemm_tn, sum_rows
+from backprop_gpu.kernels.numba_cpu.narrow import gemm_tn_narrow, gemm_tn_turned
 from backprop_gpu.kernels.numba_cpu.nonzero import gemm_tn_where
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, panel_width
 
@@ -29,6 +30,9 @@ def weight_gradients(
     fresh : unless the thread's last call had the same rows and columns of a_prev.
     Those of a sparse X are over all of a mini-batch's rows, from the first call for some on.
     """
+    if layer.turned:
+        turned_gradients(plan, layer, memory, row, first, last, shift, n_rows, at, accumulate, last_time)
+        return
     passes, panel = memory.passes, panel_width(memory.passes)
     in_panel, before_low, before_high = layer.W_stride // (BLOCK_ROWS * panel), -1, -1
     for p in range(first // in_panel, (last - 1) // in_panel + 1):
@@ -43,9 +47,39 @@ def weight_gradients(
         elif index == 0 and plan.dW_where:
             gemm_tn_where(memory.nonzero, A, columns, B, p, C, shape, accumulate, claimed)
         else:
-            scratch = memory.scratch[thread]
-            gemm_tn(A, columns, B, p, C, shape, accumulate, memory.zeros, scratch, fresh, claimed)
+            scratch, many = memory.scratch[thread], layer.n_out - layer.few
+            if many > p * panel:
+                gemm_tn(A, columns, B, p, C, (n_rows, many), accumulate, memory.zeros, scratch, fresh, claimed)
+            else:
+                claim(claimed, 0, (high - low) * BLOCK_ROWS, 0)
+                if not accumulate:
+                    clear(C[0], C[1], C[1] + (high - low) * BLOCK_ROWS * panel)
+            if layer.few > 0 and p == many // panel:
+                gemm_tn_narrow(A, columns, B, C, shape, layer.few)
         before_low, before_high = low, high
+
+
+@compiled
+def turned_gradients(plan, layer, memory, row, first, last, shift, n_rows, at, accumulate, last_time):
+    """See `weight_gradients`, of a layer that is `turned`: a block is a few panels of dWᵀ, and behind the last one 0."""
+    passes, panel = memory.passes, panel_width(memory.passes)
+    in_block, n_panels = BLOCK_ROWS * panel // layer.W_stride, (layer.n_in + panel - 1) // panel
+    low, high = first * in_block, min(last * in_block, n_panels)
+    A, B = (passes, layer.a_prev + at, plan.stride), (passes, layer.delta + at, plan.stride)
+    start, gradients = layer.W + low * layer.W_stride, memory.gradients[row]
+    claim((memory.parameters, start if last_time else -1), 0, (last - first) * BLOCK_ROWS, 0)
+    C = gradients, start - shift, layer.W_stride
+    gemm_tn_turned(A, (low, high), B, C, n_rows, layer.n_out, accumulate)
+    if not accumulate and last * in_block > n_panels:
+        clear(gradients, layer.W + n_panels * layer.W_stride - shift, layer.W + last * BLOCK_ROWS * panel - shift)
+
+
+@compiled
+def clear(x, start, stop):
+    """0 in entries start … stop − 1."""
+    some = x[start:stop]
+    for i in range(some.size):
+        some[i] = 0
 
 
 @compiled

@@ -8,7 +8,7 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import copy_vectors, prefetch_panel, prefetch_panel_early
 from backprop_gpu.kernels.numba_cpu.panels import VECTORS, panel_width
 
-__all__ = ["gather", "gather_run", "pack", "panels_of", "unpack"]
+__all__ = ["gather", "gather_run", "pack", "pack_turned", "panels_of", "unpack", "unpack_turned"]
 
 
 AHEAD, AHEAD_OF_WIDE = 512, 2048
@@ -100,3 +100,25 @@ def unpack(thread, n_threads, packed, start, stride, n_rows, n_columns, flat, fl
             column = p * panel
             count = min(panel, n_columns - column)
             copy(packed, start + p * stride + r * panel, flat, flat_start + r * n_columns + column, count)
+
+
+@compiled
+def pack_turned(thread, n_threads, flat, flat_start, n_rows, n_columns, packed, start, stride):
+    """One thread's panels of the transpose of a row-major matrix of few columns; padding is left as it is."""
+    panel = panel_width(packed)
+    low, high = panels_of(thread, n_threads, n_rows, panel)
+    for r in range(low * panel, min(high * panel, n_rows)):
+        to = start + r // panel * stride + r % panel
+        for j in range(n_columns):
+            packed[to + j * panel] = flat[flat_start + r * n_columns + j]
+
+
+@compiled
+def unpack_turned(thread, n_threads, packed, start, stride, n_rows, n_columns, flat, flat_start):
+    """The inverse of `pack_turned`."""
+    panel = panel_width(packed)
+    low, high = panels_of(thread, n_threads, n_rows, panel)
+    for r in range(low * panel, min(high * panel, n_rows)):
+        where = start + r // panel * stride + r % panel
+        for j in range(n_columns):
+            flat[flat_start + r * n_columns + j] = packed[where + j * panel]

@@ -55,7 +55,9 @@ LAYER = np.dtype(
         ("W", "i8"),  # offsets in the packed parameters
         ("W_stride", "i8"),
         ("b", "i8"),
-        ("T", "i8"),  # offset of Wᵀ in `transposed`; none for the first layer
+        ("few", "i8"),  # of n_out, the last columns that are taken from Wᵀ, see `narrow`; 0 for none
+        ("turned", "i8"),  # 1: these are all, and the packed parameters hold Wᵀ in place of W, in panels W_stride apart
+        ("T", "i8"),  # offset of Wᵀ in `transposed`; none for the first layer, nor where `turned`
         ("T_stride", "i8"),
         ("a_prev", "i8"),  # offsets in `passes`
         ("a", "i8"),
@@ -75,9 +77,10 @@ class Memory(NamedTuple):
     """
 
     parameters: Any
-    """(n_parameters,): every W in panels of W_stride, then every b, padded to whole panels."""
+    """(n_parameters,): every W in panels of W_stride, or Wᵀ where `turned`, then every b, padded to whole panels."""
     transposed: Any
-    """Wᵀ of every layer but the first, in panels: the backward pass reads it as the forward pass reads W."""
+    """Wᵀ of every layer but the first, in panels: the backward pass reads it as the forward pass reads W. Inference has
+    the rows for `few` columns in it alone, if there are any; of a layer that is `turned`, nothing is here."""
     slot_1: Any
     slot_2: Any
     """The optimizer's state, laid out as the parameters; without a second slot, any array."""

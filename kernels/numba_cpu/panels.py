@@ -28,6 +28,7 @@ __all__ = [
     "VECTORS",
     "VECTOR_BYTES",
     "first_entry",
+    "lanes",
     "panel_width",
     "round_up",
     "width",
@@ -68,6 +69,11 @@ VECTOR_BYTES, BLOCK_ROWS, VECTORS = _REGISTERS.vector_bytes, _REGISTERS.rows, _R
 
 HALF_BLOCK_ROWS = BLOCK_ROWS // 2
 """Rows are computed, and shared among threads, in so many: 200 are 100 for each of two, and not 96 and 104."""
+
+
+def lanes(dtype: Any) -> int:
+    """Numbers of `dtype` in a vector."""
+    return VECTOR_BYTES // np.dtype(dtype).itemsize
 
 
 def width(dtype: Any) -> int:

@@ -32,10 +32,10 @@ import math
 from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
-from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, pre_activation, zero_padding
+from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, z_of_layer, zero_padding
 from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
 from backprop_gpu.kernels.numba_cpu.entries import by_columns, gemm_nn_of_entries
-from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, unpack
+from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, pack_turned, unpack, unpack_turned
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
 from backprop_gpu.kernels.numba_cpu.network import Memory, borrowed
 from backprop_gpu.kernels.numba_cpu.nonzero import note_nonzero
@@ -337,7 +337,7 @@ def hidden_layers(thread, plan, layers, memory, n_rows, at, row, dropout_step):
         return
     layer, passes = layers[last], memory.passes
     a_prev, z = (passes, layer.a_prev + at, plan.stride), (passes, layer.a + at, plan.stride)
-    pre_activation(layer, memory.parameters, a_prev, z, n_rows, memory.scratch[thread])
+    z_of_layer(thread, plan, layer, last, memory, a_prev, z, n_rows)
 
 
 @compiled
@@ -375,8 +375,9 @@ def block_size(memory):
 @compiled
 def blocks_in(layer, memory):
     """Blocks of a layer's W."""
-    panel = panel_width(memory.parameters)
-    return (layer.n_out + panel - 1) // panel * layer.W_stride // block_size(memory)
+    panel, size = panel_width(memory.parameters), block_size(memory)
+    columns = layer.n_in if layer.turned else layer.n_out
+    return ((columns + panel - 1) // panel * layer.W_stride + size - 1) // size
 
 
 @compiled
@@ -505,7 +506,8 @@ def transpose_range(plan, layers, memory, first, last):
     for index in range(1, plan.n_layers):
         layer = layers[index]
         start = layer.W // size
-        transpose_blocks(layer, memory, max(first - start, 0), min(last - start, blocks_in(layer, memory)))
+        if layer.turned == 0:
+            transpose_blocks(layer, memory, max(first - start, 0), min(last - start, blocks_in(layer, memory)))
 
 
 @compiled
@@ -550,14 +552,21 @@ def update_range(plan, memory, settings, gradients, start, stop, shift, learning
 
 
 @entry_point
-def load(thread, n_threads, layers, first, flat, packed):
-    """One thread's panels of a flat vector (all W, then all b) into its packed form, W from layer `first` on."""
-    load_vector(thread, n_threads, layers, first, borrowed(flat), borrowed(packed))
+def load(plan, layers, flat, memory):
+    """A flat vector (all W, then all b) into what a forward pass reads of it: packed, and some of Wᵀ."""
+    here = plan[0]
+    memory = memory_of(0, here, borrowed(memory), 0)
+    load_vector(0, 1, layers, here.by_entries, borrowed(flat), memory.parameters)
+    for index in range(1, layers.size):
+        layer = layers[index]
+        if layer.few > 0 and layer.turned == 0:
+            in_panel, p = layer.W_stride // block_size(memory), (layer.n_out - layer.few) // panel_width(memory.passes)
+            transpose_blocks(layer, memory, p * in_panel, (p + 1) * in_panel)
 
 
 @entry_point
 def store(thread, n_threads, layers, packed, flat):
-    """The inverse of `load`."""
+    """The inverse of `load_vector`."""
     store_vector(thread, n_threads, layers, borrowed(packed), borrowed(flat))
 
 
@@ -572,7 +581,7 @@ def load_all(member, n_members, plan, layers, vectors, n_loaded, memory, barrier
     if not wait(barrier, n_members):
         return False
     for index in range(1, plan.n_layers):
-        blocks = blocks_in(layers[index], memory)
+        blocks = 0 if layers[index].turned else blocks_in(layers[index], memory)
         first, last = member * blocks // n_members, (member + 1) * blocks // n_members
         transpose_blocks(layers[index], memory, first, last)
     return wait(barrier, n_members)
@@ -590,11 +599,13 @@ def store_all(member, n_members, layers, vectors, n_stored, memory):
 
 @compiled
 def load_vector(thread, n_threads, layers, first, flat, packed):
-    """See `load`."""
+    """One thread's panels of a flat vector into its packed form, W from layer `first` on."""
     at = 0
     for index in range(layers.size):
         layer = layers[index]
-        if index >= first:
+        if layer.turned:
+            pack_turned(thread, n_threads, flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
+        elif index >= first:
             pack(thread, n_threads, flat, at, layer.n_in, layer.n_out, packed, layer.W, layer.W_stride)
         at += layer.n_in * layer.n_out
     for index in range(layers.size):
@@ -605,11 +616,14 @@ def load_vector(thread, n_threads, layers, first, flat, packed):
 
 @compiled
 def store_vector(thread, n_threads, layers, packed, flat):
-    """See `store`."""
+    """The inverse of `load_vector`."""
     at = 0
     for index in range(layers.size):
         layer = layers[index]
-        unpack(thread, n_threads, packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
+        if layer.turned:
+            unpack_turned(thread, n_threads, packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
+        else:
+            unpack(thread, n_threads, packed, layer.W, layer.W_stride, layer.n_in, layer.n_out, flat, at)
         at += layer.n_in * layer.n_out
     for index in range(layers.size):
         layer = layers[index]
