@@ -686,15 +686,20 @@ def test_dropout_of_the_operations_is_the_contracts():
 def padding(trainer):
     """Which entries of the packed parameters are none of the network's."""
     used = np.zeros_like(trainer.memory.parameters[0])
-    step.load(0, 1, trainer.layers, 0, np.ones_like(trainer.job.parameters), used)
+    LOAD(0, 1, trainer.layers, 0, np.ones_like(trainer.job.parameters), used)
     return used == 0
+
+
+LOAD = compiling.executable(step.load_vector.py_func)
+LANES = panels.lanes("float64")
 
 
 @every_split
 @pytest.mark.parametrize("optimizer", [bp.AdamW(clip_norm=0.5), bp.RMSprop()], ids=["clipped", "not clipped"])
-def test_the_padding_of_every_vector_stays_zero(split, optimizer, monkeypatch):
+@pytest.mark.parametrize("n_out", [91, 10 * LANES + 1, max(2, LANES // 4)], ids=["many", "many and one", "few"])
+def test_the_padding_of_every_vector_stays_zero(split, n_out, optimizer, monkeypatch):
     """Else the penalty, and so the loss, counts weights that the network does not have."""
-    sizes = [37, 102, 91]  # of more blocks than a thread's buffer holds, with narrow ones late
+    sizes = [37, 102, n_out]  # of more blocks than a thread's buffer holds, with narrow ones late
     plan = cpu_plan.Plan(2, 2 * panels.BLOCK_ROWS, **split)
     monkeypatch.setattr(cpu_plan, "for_training", lambda *_: plan)
     X, y = draw(331, sizes)

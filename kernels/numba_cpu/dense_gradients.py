@@ -61,7 +61,7 @@ def weight_gradients(
 
 @compiled
 def turned_gradients(plan, layer, memory, row, first, last, shift, n_rows, at, accumulate, last_time):
-    """See `weight_gradients`, of a layer that is `turned`: a block is a few panels of dWᵀ, and behind the last one 0."""
+    """See `weight_gradients`, of a layer that is `turned`: a block is a few panels of dWᵀ, then 0."""
     passes, panel = memory.passes, panel_width(memory.passes)
     in_block, n_panels = BLOCK_ROWS * panel // layer.W_stride, (layer.n_in + panel - 1) // panel
     low, high = first * in_block, min(last * in_block, n_panels)
