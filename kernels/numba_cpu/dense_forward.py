@@ -30,20 +30,18 @@ def pre_activation(layer, parameters, a_prev, z, n_rows, scratch):
 
 @compiled
 def z_of_layer(thread, plan, layer, index, memory, a_prev, z, n_rows):
-    """`pre_activation` of layer `index` in a step: of the first one as the plan says, of others as their width does."""
-    parameters = memory.parameters
+    """`pre_activation` of layer `index` in a step, as its zeros and its few columns allow (`nonzero`, `narrow`)."""
+    parameters, many = memory.parameters, layer.n_out - layer.few
+    W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
+    shape = n_rows, layer.n_in, layer.n_out
     if index == 0 and plan.z_where:
-        W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
-        gemm_nn_where(memory.nonzero, a_prev, W, z, (n_rows, layer.n_in, layer.n_out), bias)
-    elif layer.few > 0:
-        W, bias = (parameters, layer.W, layer.W_stride), (parameters, layer.b, panel_width(parameters))
-        many, shape = layer.n_out - layer.few, (n_rows, layer.n_in, layer.n_out)
-        if many > 0:
-            gemm_nn(a_prev, W, z, (n_rows, layer.n_in, many), bias, memory.scratch[thread])
+        gemm_nn_where(memory.nonzero, a_prev, W, z, shape, bias)
+        return
+    if many > 0:
+        gemm_nn(a_prev, W, z, (n_rows, layer.n_in, many), bias, memory.scratch[thread])
+    if layer.few > 0:
         T, own_bias = transposed_of(layer, memory), (parameters, layer.b)
         gemm_nn_narrow(a_prev, T, z, shape, own_bias, layer.few, layer.turned != 0)
-    else:
-        pre_activation(layer, parameters, a_prev, z, n_rows, memory.scratch[thread])
 
 
 @compiled

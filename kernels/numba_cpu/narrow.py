@@ -7,9 +7,9 @@
 By `gemm` they take as long as a whole vector of columns: each of its products by an element of A has few numbers to
 multiply. Here vectors lie along the other dimension, which is long.
 
-A W whose columns are all few is kept as Wᵀ alone, and so are its gradient and the optimizer's state ("turned"): rows of
-1, 2 or 4 vectors' lanes in place of panels that are padding for the most part, which the update would go through, and
-threads hand to each other.
+A W whose columns are all few is kept as Wᵀ alone, and so are its gradient and the optimizer's state ("turned"): 1, 2 or
+4 rows in place of panels that are padding for the most part, which the update would go through, and threads hand to
+each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from backprop_gpu.kernels.numba_cpu.panels import HALF_BLOCK_ROWS, VECTORS, firs
 __all__ = ["gemm_nn_narrow", "gemm_tn_narrow", "gemm_tn_turned", "n_narrow", "rows_turned"]
 
 PART_OF_VECTOR = 4
-"""Up to a quarter of a vector's columns are few."""
+"""Up to a quarter of a vector's columns are few.
+
+One core of a Zen 4 with 100 rows, by `gemm` and here, in µs: 4 of 16 columns, 100 deep, z 2.74 and 1.03, ∂C/∂W 2.97 and
+1.04; 2 of 8 in float64, 100 deep, z 2.79 and 1.00, ∂C/∂W 2.79 and 1.08. More than a quarter is not measured.
+"""
 
 
 def n_narrow(n_columns: int, dtype: Any) -> int:
