@@ -596,9 +596,8 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
         gemm_nn_where(words, left, (b, 0, k * w), (c, 0, rows * w), (n, k, m), (bias, 0, w))
         expected = A.astype(float) @ B + bias[:m]
         assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
-        for p in range(round_up(m, w) // w):
-            right, result = (d, 0, rows * w), (g, p * k_rows * w)
-            gemm_tn_where(words, left, (0, k_rows), right, p, result, (n, m), False, (g, -1))
+        right, panels, result = (d, 0, rows * w), (0, round_up(m, w) // w), (g, 0, k_rows * w)
+        gemm_tn_where(words, left, (0, k_rows), right, panels, result, (n, m), False, (g, -1))
         expected = A.astype(float).T @ D
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
 print(VECTOR_BYTES)

@@ -16,7 +16,7 @@ from backprop_gpu.data import SparseRows
 from backprop_gpu.kernels.numba_cpu import entries as of_entries
 from backprop_gpu.kernels.numba_cpu import gemm, nonzero
 from backprop_gpu.kernels.numba_cpu.compile import executable
-from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, round_up, width
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, round_up, width
 
 gemm_nn, gemm_tn = executable(gemm.gemm_nn.py_func), executable(gemm.gemm_tn.py_func)
 note_nonzero, gemm_nn_where, gemm_tn_where = (
@@ -96,19 +96,25 @@ class Product:
         n_entries = (columns[1] - first) * self.panel
         c = np.full(n_entries * (self.bias.size // self.panel), UNTOUCHED, self.A.dtype)
         delta = self.in_panels(self.delta, self.rows), 0, self.rows * self.panel
-        for p in range(self.bias.size // self.panel):
-            result, shape, nothing = (c, p * n_entries), (self.n_rows, self.n_columns), (c, -1)
-            if where:
-                gemm_tn_where(self.nonzero, self.left, columns, delta, p, result, shape, accumulate, nothing)
-            else:
-                gemm_tn(self.left, columns, delta, p, result, shape, accumulate, zeros, self.none, True, nothing)
+        n_panels, shape, nothing = self.bias.size // self.panel, (self.n_rows, self.n_columns), (c, -1)
+        if where:
+            panels, result = (0, n_panels), (c, 0, n_entries)
+            gemm_tn_where(self.nonzero, self.left, columns, delta, panels, result, shape, accumulate, nothing)
+            return c
+        for p in range(n_panels):
+            result = c, p * n_entries
+            gemm_tn(self.left, columns, delta, p, result, shape, accumulate, zeros, self.none, True, nothing)
         return c
 
 
 PANEL = width("float32")
 
-SHAPES = [(1, 1, 1), (3, 5, 3), (13, PANEL, 7), (31, 2 * PANEL + 3, 11), (63, 37, PANEL + 1), (65, 41, 5), (263, 9, 3)]
-"""Rows, columns of A and of W: fewer and more rows than are looked at, or summed, together."""
+SHAPES = [
+    *((1, 1, 1), (3, 5, 3), (13, PANEL, 7), (31, 2 * PANEL + 3, 11), (63, 37, PANEL + 1), (65, 41, 5), (263, 9, 3)),
+    *((7, 19, 2 * PANEL), (67, 13, 3 * PANEL - 1)),
+]
+"""Rows, columns of A and of W: fewer and more rows than are looked at, or summed, together; panels one by one and in
+pairs."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,7 +165,7 @@ def test_every_element_that_is_not_0_is_noted(dtype):
 
 # In training
 
-SIZES = [67, 41, 5]
+SIZES = [67, 101, 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,19 +206,20 @@ def test_the_data_decides(part, z_where, dW_where):
 
 def test_rows_and_columns_decide_each_for_its_product():
     X = np.zeros((1000, 784), "float32")
-    X[:, ::HALF_BLOCK_ROWS] = 1  # the same columns in all rows, and one of each few
+    few = nonzero.n_together(256, "float32")
+    X[:, ::few] = 1  # the same columns in all rows, and one of each few
     plan = plan_of(X)
     assert (plan.z_where, plan.dW_where) == (True, False)
     X[...] = 0
-    X[::HALF_BLOCK_ROWS] = 1
-    data = cpu_plan.Nonzero.of(32, lambda _: X[:32])
-    assert (data.in_rows, data.in_columns) == (1, 1 / HALF_BLOCK_ROWS)
+    X[:: nonzero.FEW_OF_ONE] = 1
+    data = cpu_plan.Nonzero.of(32, PANEL, lambda _: X[:32])
+    assert (data.in_rows, data.in_columns) == (1, 1 / nonzero.FEW_OF_ONE)
 
 
 def test_rows_from_all_of_the_data_are_looked_at():
     X = np.zeros((1000, 784), "float32")
     X[500:] = 1
-    assert cpu_plan.Nonzero.of(1000, X.__getitem__).in_rows == pytest.approx(0.5, abs=0.1)
+    assert cpu_plan.Nonzero.of(1000, 256, X.__getitem__).in_rows == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("shape", [(1000, PANEL - 1), (1, 784)], ids=str)

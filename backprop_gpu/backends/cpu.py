@@ -98,7 +98,9 @@ class CpuBackend(NumpyBackend):
         if not isinstance(X, Entries) and n_products <= FEW_PRODUCTS:
             return None
         n_out, dtype, flat = architecture.layer_sizes[-1], parameters.dtype, plain(parameters)
-        data = cpu_plan.SPARSE if isinstance(X, Entries) else cpu_plan.Nonzero.of(n_rows, X.__getitem__)
+        data = cpu_plan.SPARSE
+        if not isinstance(X, Entries):
+            data = cpu_plan.Nonzero.of(n_rows, architecture.layer_sizes[1], X.__getitem__)
         plan = cpu_plan.for_inference(architecture, n_rows, n_products, dtype.name, threading.available(), data)
         layout, record = _for_inference(architecture, plan, dtype.name)
         memory, sums = layout.memory(), np.zeros((plan.n_threads, layout.panel), dtype)

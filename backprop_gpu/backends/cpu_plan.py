@@ -22,7 +22,7 @@ from backprop_gpu.kernels.numba_cpu.dense_gradients import GROUP
 from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM
 from backprop_gpu.kernels.numba_cpu.narrow import n_narrow, rows_turned
 from backprop_gpu.kernels.numba_cpu.network import LAYER, PLAN, Memory
-from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, HALF_BLOCK_ROWS, VECTOR_BYTES, round_up, width
+from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTOR_BYTES, round_up, width
 from backprop_gpu.optimizers import Optimizer
 
 __all__ = ["Layout", "Nonzero", "Plan", "for_inference", "for_training"]
@@ -158,7 +158,7 @@ def chunk_rows(dtype: Any) -> int:
 
 
 def together(dtype: Any, n_rows: int) -> bool:
-    """Whether ∂C/∂W over n_rows is made chunk by chunk, through all panels, see `step.own_gradients`."""
+    """Whether ∂C/∂W over n_rows is made chunk by chunk, each through all panels, see `step.own_gradients`."""
     return may_split(dtype) and n_rows > chunk_rows(dtype)
 
 
@@ -192,16 +192,22 @@ class Nonzero:
     """X is a sparse matrix."""
 
     @classmethod
-    def of(cls, n_rows: int, take: Callable[[Indices], npt.NDArray[Any]], most: int = ROWS_LOOKED_AT) -> Nonzero:
-        """Of a dense X, by some of n_rows rows, as `take` returns them; all of it where there is little to gain."""
+    def of(
+        cls, n_rows: int, n_out: int, take: Callable[[Indices], npt.NDArray[Any]], most: int = ROWS_LOOKED_AT
+    ) -> Nonzero:
+        """Of a dense X for n_out neurons, by some of n_rows rows, as `take` returns them.
+
+        All of it where there is little to gain.
+        """
         some = min(most, ROWS_LOOKED_AT)
         X = take(np.arange(0, n_rows, max(1, n_rows // some))[:some])
-        n_rows, n_columns = (n // HALF_BLOCK_ROWS * HALF_BLOCK_ROWS for n in X.shape)
+        few = nonzero.n_together(n_out, X.dtype)
+        n_rows, n_columns = (n // few * few for n in X.shape)
         if n_rows == 0 or X.shape[1] < width(X.dtype):
             return cls()
         found = X[:n_rows, :n_columns] != 0
-        in_rows = found.reshape(-1, HALF_BLOCK_ROWS, n_columns).any(axis=1)
-        in_columns = found.reshape(n_rows, -1, HALF_BLOCK_ROWS).any(axis=2)
+        in_rows = found.reshape(-1, few, n_columns).any(axis=1)
+        in_columns = found.reshape(n_rows, -1, few).any(axis=2)
         return cls(float(in_rows.mean()), float(in_columns.mean()))
 
 
@@ -534,7 +540,9 @@ class Layout:
         record["by_entries"] = plan.by_entries
         record["z_where"], record["dW_where"] = plan.z_where, plan.dW_where
         record["chunk_rows"] = chunk_rows(self.dtype)
-        record["together"] = together(self.dtype, self.batch_size)
+        record["panels_at_once"] = nonzero.PANELS_AT_ONCE if plan.dW_where else 1
+        if together(self.dtype, self.batch_size):
+            record["panels_at_once"] = self.n_weights  # all of them
         record["stride"], record["span"] = self.stride, self._span(self.n_passes) if plan.split_rows else 0
         record["n_weights"], record["n_parameters"] = self.n_weights, self.n_parameters
         record["loss"] = output_delta.CODES[architecture.loss.name]

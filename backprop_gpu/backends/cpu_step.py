@@ -195,15 +195,18 @@ class StepTrainer(Trainer):
             gradients[...] = flat
         return cost
 
+    def _data(self) -> cpu_plan.Nonzero:
+        rows, n_out = self.job.rows, self.job.architecture.layer_sizes[1]
+        if rows.entries:
+            return cpu_plan.SPARSE
+        return cpu_plan.Nonzero.of(len(rows), n_out, rows.take, self.job.batch_size)
+
     def _prepare(self, n_threads: int) -> None:
         """Plan and memory for so many threads, kept until their number changes."""
         if n_threads == self.n_threads:
             return
         if self.n_threads == 0:
-            rows = self.job.rows
-            self.data = (
-                cpu_plan.SPARSE if rows.entries else cpu_plan.Nonzero.of(len(rows), rows.take, self.job.batch_size)
-            )
+            self.data = self._data()
         job, self.n_threads = self.job, n_threads
         self.products_of_a_row = cpu_plan.products_of_a_row(job.architecture, job.dtype)
         self.plan = cpu_plan.for_training(job.architecture, job.batch_size, job.dtype, n_threads, self.data)

@@ -88,14 +88,23 @@ class Vectors:
 
 
 class Block:
-    """A block of C in registers."""
+    """A block of C in registers: some rows of one panel, or of several; only the last may be in use in part."""
 
-    def __init__(self, vectors: Vectors, n_rows: int = BLOCK_ROWS) -> None:
+    def __init__(self, vectors: Vectors, n_rows: int = BLOCK_ROWS, n_panels: int = 1) -> None:
         self.vectors, self.builder = vectors, vectors.builder
+        in_use = [VECTORS] * (n_panels - 1) + [vectors.n_vectors]
+        self.places = [(p, v) for p, count in enumerate(in_use) for v in range(count)]
         # Stack slots, which LLVM turns into registers: so the loops below need no φ nodes.
-        self.sums = [
-            [cgutils.alloca_once(self.builder, vectors.vector) for _ in range(vectors.n_vectors)] for _ in range(n_rows)
-        ]
+        self.sums = [[cgutils.alloca_once(self.builder, vectors.vector) for _ in self.places] for _ in range(n_rows)]
+
+    def row(self, base: Any, row: int, stride: Any = 0) -> list[Any]:
+        """Addresses of the vectors of one row, in panels `stride` apart."""
+        vectors = self.vectors
+        return [vectors.pointer(base, row * vectors.panel + v * vectors.lanes, *([stride] * p)) for p, v in self.places]
+
+    def start_from_zero(self) -> None:
+        """Every row becomes 0."""
+        self.start_from([self.vectors.zero] * len(self.places))
 
     def start_from(self, values: list[Any]) -> None:
         """Every row becomes this row of vectors."""
@@ -117,21 +126,24 @@ class Block:
         with cgutils.for_range(self.builder, self.builder.sub(count, done)) as loop:
             self._step(a, row_step, k_step, b, self.builder.add(done, loop.index))
 
-    def add_products_where(self, bits: Any, a: Any, row_step: int, k_step: int, b: Any) -> None:
-        """C[i, :] += Σₖ a[i · row_step + k · k_step] · b[k, :], over those k whose bit is 1."""
+    def add_products_where(self, bits: Any, a: Any, row_step: int, k_step: int, b: Any, b_stride: Any) -> None:
+        """C[i, :] += Σₖ a[i · row_step + k · k_step] · b[k, :], over those k whose bit is 1.
+
+        b_stride : from one panel of b to the next.
+        """
         builder, one = self.builder, ir.Constant(bits.type, 1)
         left = cgutils.alloca_once_value(builder, bits)
         with cgutils.for_range(builder, builder.zext(builder.ctpop(bits), SIZE)):
             now = builder.load(left)
             builder.store(builder.and_(now, builder.sub(now, one)), left)
             k = builder.zext(builder.cttz(now, ir.Constant(ir.IntType(1), 1)), SIZE)
-            self._step(a, row_step, k_step, b, k)
+            self._step(a, row_step, k_step, b, k, b_stride)
 
-    def _step(self, a: Any, row_step: int, k_step: int, b: Any, k: Any) -> None:
+    def _step(self, a: Any, row_step: int, k_step: int, b: Any, k: Any, b_stride: Any = 0) -> None:
         vectors, builder = self.vectors, self.builder
         a = vectors.pointer(a, builder.mul(k, SIZE(k_step)))
         b = vectors.pointer(b, builder.mul(k, SIZE(vectors.panel)))
-        b_row = [vectors.load(pointer) for pointer in vectors.row(b, 0)]
+        b_row = [vectors.load(pointer) for pointer in self.row(b, 0, b_stride)]
         for i, sums in enumerate(self.sums):
             element = vectors.splat(vectors.pointer(a, i * row_step))
             for value, slot in zip(b_row, sums, strict=True):
@@ -140,35 +152,36 @@ class Block:
     def add_row(self, b: Any) -> None:
         """C[i, :] += b."""
         for sums in self.sums:
-            for slot, pointer in zip(sums, self.vectors.row(b, 0), strict=True):
+            for slot, pointer in zip(sums, self.row(b, 0), strict=True):
                 self.builder.store(self.builder.fadd(self.builder.load(slot), self.vectors.load(pointer)), slot)
 
-    def write_or_add(self, c: Any, accumulate: Any) -> None:
-        """Overwrite C, or add to it."""
+    def write_or_add(self, c: Any, accumulate: Any, stride: Any = 0) -> None:
+        """Overwrite C, in panels `stride` apart, or add to it."""
         with self.builder.if_else(accumulate) as (adding, overwriting):
             with adding:
-                self.add_to(c)
+                self.add_to(c, stride)
             with overwriting:
-                self.write(c)
-                self.clear_rest(c)
+                self.write(c, stride)
+                self.clear_rest(c, stride)
 
-    def clear_rest(self, c: Any) -> None:
-        """0 in the vectors of C's panel that are none of this block's: the padding of a gradient has to be 0."""
-        vectors = self.vectors
+    def clear_rest(self, c: Any, stride: Any = 0) -> None:
+        """0 in the vectors of C's panels that are none of this block's: the padding of a gradient has to be 0."""
+        vectors, (last, in_use) = self.vectors, self.places[-1]
         for i in range(len(self.sums)):
-            for v in range(vectors.n_vectors, VECTORS):
-                vectors.store(vectors.zero, vectors.pointer(c, i * vectors.panel + v * vectors.lanes))
+            for v in range(in_use + 1, VECTORS):
+                at = i * vectors.panel + v * vectors.lanes
+                vectors.store(vectors.zero, vectors.pointer(c, at, *([stride] * last)))
 
-    def write(self, c: Any) -> None:
+    def write(self, c: Any, stride: Any = 0) -> None:
         """Overwrite C."""
         for i, sums in enumerate(self.sums):
-            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
+            for slot, pointer in zip(sums, self.row(c, i, stride), strict=True):
                 self.vectors.store(self.builder.load(slot), pointer)
 
-    def add_to(self, c: Any) -> None:
+    def add_to(self, c: Any, stride: Any = 0) -> None:
         """Add to C."""
         for i, sums in enumerate(self.sums):
-            for slot, pointer in zip(sums, self.vectors.row(c, i), strict=True):
+            for slot, pointer in zip(sums, self.row(c, i, stride), strict=True):
                 total = self.builder.fadd(self.vectors.load(pointer), self.builder.load(slot))
                 self.vectors.store(total, pointer)
 

@@ -132,7 +132,7 @@ def _block_tn(typing_context, a, a_start, b, b_start, c, c_start, depth, accumul
         def generate_width(width: int) -> None:
             vectors = Vectors(builder, signature.args[0].dtype, width)
             block = Block(vectors)
-            block.start_from([vectors.zero] * width)
+            block.start_from_zero()
             block.add_products(vectors.pointer(a, a_start), 1, vectors.panel, vectors.pointer(b, b_start), depth)
             block.write_or_add(vectors.pointer(c, c_start), accumulate)
 
@@ -152,7 +152,7 @@ def sum_rows(typing_context, x, x_start, sums, sums_start, n_rows, accumulate):
         x, sums = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2))
         vectors = Vectors(builder, signature.args[0].dtype, VECTORS)
         block = Block(vectors, n_rows=1)
-        block.start_from([vectors.zero] * VECTORS)
+        block.start_from_zero()
         with cgutils.for_range(builder, n_rows) as loop:
             block.add_row(vectors.pointer(x, x_start, builder.mul(loop.index, SIZE(vectors.panel))))
         block.write_or_add(vectors.pointer(sums, sums_start), accumulate)

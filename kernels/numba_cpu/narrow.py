@@ -128,7 +128,7 @@ def _block_nn_narrow(
 def _products_tn(vectors: Vectors, count: int, a: Any, b: Any, depth: Any) -> Block:
     """`count` rows of Bᵀ A in registers, over `depth` rows of A's panel, and of B's from column `b` on."""
     block = Block(vectors, count)
-    block.start_from([vectors.zero] * VECTORS)
+    block.start_from_zero()
     block.add_products(b, 1, vectors.panel, a, depth)
     return block
 

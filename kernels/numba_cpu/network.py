@@ -24,7 +24,7 @@ PLAN = np.dtype(
         ("split_rows", "i8"),  # 1: a thread sums ∂C/∂W over its own rows; 0: it computes its own blocks over all rows
         ("copies", "i8"),  # 1: each member has the parameters and the state for itself; only with `split_rows`
         ("chunk_rows", "i8"),  # rows over which a block of ∂C/∂W is summed in one go
-        ("together", "i8"),  # 1: ∂C/∂W of groups of the same rows of W is made chunk by chunk, see `step.own_gradients`
+        ("panels_at_once", "i8"),  # of which ∂C/∂W is made at once, see `step.own_gradients`
         ("by_entries", "i8"),  # 1: X is sparse, and `passes` has nothing of it, see `entries`
         ("z_where", "i8"),  # 1: of the first layer's z = X W + b, products by 0 are left out, see `nonzero`
         ("dW_where", "i8"),  # 1: likewise of its ∂C/∂W = Xᵀ δ

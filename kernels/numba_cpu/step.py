@@ -33,7 +33,7 @@ from backprop_gpu.kernels.numba_cpu.amx import begin, end
 from backprop_gpu.kernels.numba_cpu.compile import compiled, entry_point
 from backprop_gpu.kernels.numba_cpu.dense_backward import dense_backward
 from backprop_gpu.kernels.numba_cpu.dense_forward import dense_forward, z_of_layer, zero_padding
-from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, weight_gradients
+from backprop_gpu.kernels.numba_cpu.dense_gradients import bias_gradients, blocks_in, blocks_in_panel, weight_gradients
 from backprop_gpu.kernels.numba_cpu.entries import by_columns, gemm_nn_of_entries
 from backprop_gpu.kernels.numba_cpu.gather import gather, gather_run, pack, pack_turned, unpack, unpack_turned
 from backprop_gpu.kernels.numba_cpu.gemm import sum_rows, transpose_square
@@ -347,9 +347,10 @@ def backward(thread, plan, layers, memory, n_rows, at, accumulate):
         layer = layers[index]
         bias_gradients(plan, layer, memory, thread, n_rows, at, accumulate)
         if plan.split_rows:
-            blocks = blocks_in(layer, memory)
+            in_panel = blocks_in_panel(layer, memory.parameters)
+            panels, blocks = (0, blocks_in(layer, memory.parameters) // in_panel), (0, in_panel)
             weight_gradients(
-                thread, plan, layer, index, memory, thread, 0, blocks, 0, n_rows, at, accumulate, False, True
+                thread, plan, layer, index, memory, thread, panels, blocks, 0, n_rows, at, accumulate, False, True
             )
         if index > 0:
             dense_backward(thread, plan, layers[index - 1], layer, memory, computed(n_rows), at)
@@ -373,14 +374,6 @@ def block_size(memory):
 
 
 @compiled
-def blocks_in(layer, memory):
-    """Blocks of a layer's W."""
-    panel, size = panel_width(memory.parameters), block_size(memory)
-    columns = layer.n_in if layer.turned else layer.n_out
-    return ((columns + panel - 1) // panel * layer.W_stride + size - 1) // size
-
-
-@compiled
 def biases_of(thread, plan):
     """The range of the packed biases that a thread updates."""
     biases, n_shares = plan.n_parameters - plan.n_weights, plan.n_threads
@@ -396,10 +389,12 @@ def whole_gradients(thread, plan, layers, parts, groups, memory, n_rows, alpha):
     first, last = biases_of(thread, plan)
     sum_over_threads(plan, memory, first, last)
     size, norm = block_size(memory), sum_squares(memory.sums, memory.parameters, 0.0, first, last)
+    made = 0
     for g in range(groups.shape[0]):
-        group, end = groups[g, 0], groups[g, 1]
-        own_gradients(thread, plan, layers, parts, memory, 0, groups, g, 0, n_rows)
-        norm += sum_squares(memory.sums, memory.parameters, alpha, group * size, end * size)
+        if g == made:
+            made = made_with(plan, groups, g)
+            own_gradients(thread, plan, layers, parts, memory, 0, groups, g, made, 0, n_rows)
+        norm += sum_squares(memory.sums, memory.parameters, alpha, groups[g, 0] * size, groups[g, 1] * size)
     memory.norms[thread, 0] = norm
 
 
@@ -416,64 +411,66 @@ def learn(thread, plan, layers, parts, groups, memory, settings, n_rows, learnin
     scale = clip_scale(thread, plan, memory) if clips else 1.0
     if not clips:
         sum_over_threads(plan, memory, first_bias, last_bias)
+    # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
+    at_once, made, shift = not (clips or plan.split_rows), 0, 0
+    gradients = memory.gradients[thread] if at_once else memory.sums
     for g in range(groups.shape[0]):
-        group, end = groups[g, 0], groups[g, 1]
-        # Unless the whole gradient is needed, a group's takes the place of the last group's, which is still in cache.
-        at_once = not (clips or plan.split_rows)
-        row, shift = (thread, 0 if plan.together else group * size) if at_once else (0, 0)
-        if not clips:
-            own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_rows)
+        start, stop = groups[g, 0] * size, groups[g, 1] * size
+        if g == made and not clips:
+            made, shift = made_with(plan, groups, g), start if at_once else 0
+            own_gradients(thread, plan, layers, parts, memory, thread if at_once else 0, groups, g, made, shift, n_rows)
         if alpha > 0:
-            squares += sum_squares_of_run(memory.parameters, group * size, end * size)
-        gradients = memory.gradients[thread] if at_once else memory.sums
-        update_range(
-            plan, memory, settings, gradients, group * size, end * size, shift, learning_rate, alpha, scale, step, False
-        )
-        transpose_range(plan, layers, memory, group, end)
+            squares += sum_squares_of_run(memory.parameters, start, stop)
+        update_range(plan, memory, settings, gradients, start, stop, shift, learning_rate, alpha, scale, step, False)
+        transpose_range(plan, layers, memory, groups[g, 0], groups[g, 1])
     update_range(plan, memory, settings, memory.sums, first_bias, last_bias, 0, learning_rate, 0.0, scale, step, True)
     return 0.5 * alpha * squares
 
 
 @compiled
-def own_gradients(thread, plan, layers, parts, memory, row, groups, g, shift, n_rows):
-    """Group g's blocks of ∂C/∂W, over the whole mini-batch, into gradients[row], `shift` entries before their place.
+def made_with(plan, groups, g):
+    """Up to which group gradients are made with those of group g, the last + 1: the same rows of W, panel by panel."""
+    end = g + 1
+    while end < min(g + plan.panels_at_once, groups.shape[0]) and groups[end, 2] == 0 and groups[end, 1] > 0:
+        end += 1
+    return end
 
-    Those that follow, of the same rows of W, are made with it if the plan says `together`, so nothing is left to do for
-    them: so many rows of a_prev are split in chunks, each once for all of these groups.
+
+@compiled
+def own_gradients(thread, plan, layers, parts, memory, row, groups, g, end, shift, n_rows):
+    """∂C/∂W of groups g … end − 1, over the whole mini-batch, into gradients[row], `shift` entries before their place.
+
+    The groups are those of `made_with`. Chunk by chunk of rows, each through all of their panels: in thirds, a chunk of
+    a_prev is split once for all of them.
     """
-    size, panel, chunk, end = block_size(memory), panel_width(memory.passes), plan.chunk_rows, g + 1
+    size, chunk, (first, last) = block_size(memory), plan.chunk_rows, (groups[g, 0], groups[g, 1])
     if plan.split_rows:
-        sum_over_threads(plan, memory, groups[g, 0] * size, groups[g, 1] * size)
+        sum_over_threads(plan, memory, first * size, last * size)
         return
-    if plan.together:
-        if groups[g, 2] == 0:
-            return
-        while end < groups.shape[0] and groups[end, 2] == 0:
-            end += 1
-    for start_row in range(0, n_rows, chunk):
-        rows, is_last = min(chunk, n_rows - start_row), start_row + chunk >= n_rows
-        for number in range((end - g) * plan.n_layers):
-            h, index = g + number // plan.n_layers, number % plan.n_layers
-            layer = parts[thread] if index < plan.split_columns else layers[index]
-            start = layer.W // size
-            low, high = max(groups[h, 0] - start, 0), min(groups[h, 1] - start, blocks_in(layer, memory))
-            if low < high and not (index == 0 and plan.by_entries and start_row > 0):
-                weight_gradients(
-                    thread,
-                    plan,
-                    layer,
-                    index,
-                    memory,
-                    row,
-                    low,
-                    high,
-                    shift,
-                    rows,
-                    start_row * panel,
-                    start_row > 0,
-                    is_last,
-                    groups[h, 2] != 0,
-                )
+    for index in range(plan.n_layers):
+        layer = parts[thread] if index < plan.split_columns else layers[index]
+        start = layer.W // size
+        if not (start <= first < last <= start + blocks_in(layer, memory.parameters)):
+            continue
+        in_panel = blocks_in_panel(layer, memory.parameters)
+        p, low = (first - start) // in_panel, (first - start) % in_panel
+        for start_row in range(0, 1 if index == 0 and plan.by_entries else n_rows, chunk):
+            weight_gradients(
+                thread,
+                plan,
+                layer,
+                index,
+                memory,
+                row,
+                (p, p + end - g),
+                (low, low + last - first),
+                shift,
+                min(chunk, n_rows - start_row),
+                start_row * panel_width(memory.passes),
+                start_row > 0,
+                start_row + chunk >= n_rows,
+                groups[g, 2] != 0,
+            )
 
 
 @compiled
@@ -507,7 +504,8 @@ def transpose_range(plan, layers, memory, first, last):
         layer = layers[index]
         start = layer.W // size
         if layer.turned == 0:
-            transpose_blocks(layer, memory, max(first - start, 0), min(last - start, blocks_in(layer, memory)))
+            blocks = blocks_in(layer, memory.parameters)
+            transpose_blocks(layer, memory, max(first - start, 0), min(last - start, blocks))
 
 
 @compiled
@@ -581,7 +579,7 @@ def load_all(member, n_members, plan, layers, vectors, n_loaded, memory, barrier
     if not wait(barrier, n_members):
         return False
     for index in range(1, plan.n_layers):
-        blocks = 0 if layers[index].turned else blocks_in(layers[index], memory)
+        blocks = 0 if layers[index].turned else blocks_in(layers[index], memory.parameters)
         first, last = member * blocks // n_members, (member + 1) * blocks // n_members
         transpose_blocks(layers[index], memory, first, last)
     return wait(barrier, n_members)
