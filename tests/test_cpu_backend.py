@@ -597,7 +597,8 @@ for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
         expected = A.astype(float) @ B + bias[:m]
         assert np.abs(row_major(c, n, m, rows) - expected).max() <= tolerance * np.abs(expected).max()
         right, panels, result = (d, 0, rows * w), (0, round_up(m, w) // w), (g, 0, k_rows * w)
-        gemm_tn_where(words, left, (0, k_rows), right, panels, result, (n, m), False, (g, -1))
+        where = np.zeros(nonzero.rows_words(n, k_rows), np.uint64)
+        gemm_tn_where(words, left, (0, k_rows), right, panels, result, (n, m), False, where, True, (g, -1))
         expected = A.astype(float).T @ D
         assert np.abs(row_major(g, k, m, k_rows) - expected).max() <= tolerance * np.abs(expected).max()
 print(VECTOR_BYTES)

@@ -99,7 +99,9 @@ class Product:
         n_panels, shape, nothing = self.bias.size // self.panel, (self.n_rows, self.n_columns), (c, -1)
         if where:
             panels, result = (0, n_panels), (c, 0, n_entries)
-            gemm_tn_where(self.nonzero, self.left, columns, delta, panels, result, shape, accumulate, nothing)
+            rows = np.zeros(nonzero.rows_words(self.n_rows, columns[1] - first), np.uint64)
+            all_but_C = self.nonzero, self.left, columns, delta, panels
+            gemm_tn_where(*all_but_C, result, shape, accumulate, rows, True, nothing)
             return c
         for p in range(n_panels):
             result = c, p * n_entries

@@ -515,14 +515,17 @@ class Layout:
         columns = LEFT_BYTES // (6 * min(max(1, self.batch_size), chunk_rows(self.dtype)))
         return int(max(self._unit, min(GROUP, columns // BLOCK_ROWS // self._unit * self._unit)))
 
+    def _chunk(self) -> tuple[int, int]:
+        """The most rows, and columns of a_prev, from which a thread makes ∂C/∂W in one go."""
+        if self.plan.split_rows:
+            return min(self.batch_size, self.plan.tile_rows), int(self.layers["n_in"].max()) + BLOCK_ROWS
+        return min(self.batch_size, chunk_rows(self.dtype)), self._group() * BLOCK_ROWS
+
     def _n_scratch(self) -> int:
         """Entries that a thread's products need besides."""
         rows = self.batch_size if self.plan.split_columns else self.plan.tile_rows
-        chunk, columns = min(self.batch_size, chunk_rows(self.dtype)), self._group() * BLOCK_ROWS
-        if self.plan.split_rows:
-            chunk, columns = min(self.batch_size, self.plan.tile_rows), int(self.layers["n_in"].max()) + BLOCK_ROWS
         sizes = [int(n) for n in (self.layers["n_in"][0], *self.layers["n_out"])]
-        return n_scratch(self.dtype, products_of(sizes, rows, chunk, columns))
+        return n_scratch(self.dtype, products_of(sizes, rows, *self._chunk()))
 
     def record(
         self,
@@ -586,6 +589,7 @@ class Layout:
         return Memory(
             **arrays,
             nonzero=np.zeros(words, np.uint32),
+            rows_where=np.zeros((threads, nonzero.rows_words(*self._chunk()) if plan.dW_where else 0), np.uint64),
             sorted_entries=tuple(np.empty((threads, 0), kind) for kind in (np.int64, np.int32, self.dtype)),
             norms=np.full((threads, 8), np.nan),
         )

@@ -57,7 +57,8 @@ def weight_gradients(
     start = layer.W + first_panel * layer.W_stride + low * BLOCK_ROWS * panel
     if index == 0 and plan.dW_where:
         C, claimed = (gradients, start - shift, layer.W_stride), (memory.parameters, start if last_time else -1)
-        gemm_tn_where(memory.nonzero, A, columns, B, panels, C, shape, accumulate, claimed)
+        rows = memory.rows_where[thread]
+        gemm_tn_where(memory.nonzero, A, columns, B, panels, C, shape, accumulate, rows, fresh, claimed)
         return
     for p in range(first_panel, end):
         C, claimed = (gradients, start - shift), (memory.parameters, start if last_time else -1)

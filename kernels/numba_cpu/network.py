@@ -91,6 +91,8 @@ class Memory(NamedTuple):
     passes: Any
     nonzero: Any
     """(·,) uint32: of X in `passes`, see `nonzero.note_nonzero`; empty where nothing is left out."""
+    rows_where: Any
+    """(n_threads, ·) uint64: what a thread's `nonzero.gemm_tn_where` needs; empty without it."""
     sorted_entries: Any
     """Three arrays (n_threads, ·), see `entries.by_columns`; a pass has each thread's. Empty of a dense X."""
     scratch: Any

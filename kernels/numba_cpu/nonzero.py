@@ -10,6 +10,7 @@ A few are two, through two panels of B and C; with one panel, `FEW_OF_ONE`. What
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +23,15 @@ from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM, claim, vectors_in_use
 from backprop_gpu.kernels.numba_cpu.panels import HALF_BLOCK_ROWS, VECTORS, first_entry, panel_width, width
 
-__all__ = ["PANELS_AT_ONCE", "ROWS_AT_ONCE", "gemm_nn_where", "gemm_tn_where", "n_together", "note_nonzero"]
+__all__ = [
+    "PANELS_AT_ONCE",
+    "ROWS_AT_ONCE",
+    "gemm_nn_where",
+    "gemm_tn_where",
+    "n_together",
+    "note_nonzero",
+    "rows_words",
+]
 
 FEW, PANELS_AT_ONCE = 2, 2
 """Rows of C in a block, and its panels.
@@ -48,6 +57,11 @@ ROWS_AT_ONCE = ROWS_OF_BITS.width
 
 LANES = 16
 """Words that are compared together: those of a vector of 64 bytes, of which LLVM makes several smaller ones."""
+
+
+def rows_words(n_rows: int, n_columns: int) -> int:
+    """Words for so many rows of some columns of A: for every FEW columns, one of a bit each for ROWS_AT_ONCE rows."""
+    return math.ceil(n_columns / FEW) * math.ceil(n_rows / ROWS_AT_ONCE)
 
 
 def n_together(n_columns: int, dtype: Any) -> int:
@@ -165,15 +179,30 @@ def _rows_with(builder: Any, words: Any, columns: Any, count: Any) -> Any:
     )
 
 
+@intrinsic
+def _rows_not_0(typing_context, nonzero, at, column, count):
+    """A bit for each of `count` rows, `ROWS_AT_ONCE` at the most, 1 where one of FEW columns of a panel is not 0.
+
+    at : of the first row's word in `nonzero`; column : the first of them, in their panel.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        nonzero, (_, at, column, count) = first_entry(context, builder, signature.args[0], arguments[0]), arguments
+        columns = builder.shl(WORD((1 << FEW) - 1), builder.trunc(column, WORD))
+        return _rows_with(builder, builder.gep(nonzero, [at]), columns, count)
+
+    return types.uint64(nonzero, types.intp, types.intp, types.intp), generate
+
+
 def _block_tn(n_rows: int, n_panels: int) -> Any:
     @intrinsic
     def block_tn(
         typing_context,
-        nonzero,
+        rows,
         at,
+        apart,
         a,
         a_start,
-        column,
         b,
         b_start,
         b_stride,
@@ -186,35 +215,34 @@ def _block_tn(n_rows: int, n_panels: int) -> Any:
     ):
         """n_rows of n_panels of C = Aᵀ B or C += Aᵀ B, over `depth` rows of A's panel and of B's.
 
-        at : of the first row's word in `nonzero`; column : the first of A's, in its panel; n_vectors : in use of the
-        last panel.
+        at : where in `rows` are those of the first FEW columns, and `apart` further those of the next; n_vectors : in
+        use of the last panel.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, at, _, a_start, column, _, b_start, b_stride, _, c_start, c_stride, depth, accumulate, width = arguments
-            nonzero, a, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 5, 8))
-            columns = builder.shl(WORD((1 << n_rows) - 1), builder.trunc(column, WORD))
+            _, at, apart, _, a_start, _, b_start, b_stride, _, c_start, c_stride, depth, accumulate, width = arguments
+            rows, a, b, c = (first_entry(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5, 8))
 
             def generate_width(n_vectors: int) -> None:
-                vectors = Vectors(builder, signature.args[2].dtype, n_vectors)
+                vectors = Vectors(builder, signature.args[3].dtype, n_vectors)
                 block, at_once = Block(vectors, n_rows, n_panels), SIZE(ROWS_AT_ONCE)
                 block.start_from_zero()
                 turns = builder.udiv(builder.add(depth, builder.sub(at_once, SIZE(1))), at_once)
                 with cgutils.for_range(builder, turns) as loop:
-                    row = builder.mul(loop.index, at_once)
-                    entry, words = builder.mul(row, SIZE(vectors.panel)), vectors.pointer(nonzero, at, row)
-                    rows = _rows_with(builder, words, columns, builder.sub(depth, row))
-                    left, right = vectors.pointer(a, a_start, column, entry), vectors.pointer(b, b_start, entry)
-                    block.add_products_where(rows, left, 1, vectors.panel, right, b_stride)
+                    some, entry = ROWS_OF_BITS(0), builder.mul(loop.index, SIZE(ROWS_AT_ONCE * vectors.panel))
+                    for i in range(n_rows // FEW):
+                        word = vectors.pointer(rows, at, loop.index, *([apart] * i))
+                        some = builder.or_(some, builder.load(word, align=8))
+                    left, right = vectors.pointer(a, a_start, entry), vectors.pointer(b, b_start, entry)
+                    block.add_products_where(some, left, 1, vectors.panel, right, b_stride)
                 block.write_or_add(vectors.pointer(c, c_start), accumulate, c_stride)
 
             for_each_width(builder, width, generate_width)
             return context.get_dummy_value()
 
         size = types.intp
-        return types.void(
-            nonzero, size, a, size, size, b, size, size, c, size, size, size, types.boolean, size
-        ), generate
+        matrices = a, size, b, size, size, c, size, size
+        return types.void(rows, size, size, *matrices, size, types.boolean, size), generate
 
     return block_tn
 
@@ -263,43 +291,45 @@ def gemm_nn_where(nonzero, A, B, C, shape, bias):
 
 
 @compiled
-def gemm_tn_where(nonzero, A, columns, B, panels, C, shape, accumulate, claimed):
+def note_rows(nonzero, A, columns, n_rows, rows):
+    """For every FEW of A's columns first … last − 1, which rows are not 0 in all of them; see `rows_words`."""
+    (a, a_start, a_stride), (first, last) = A, columns
+    panel, at = panel_width(a), 0
+    for column in range(first, last, FEW):
+        word = (a_start + column // panel * a_stride) // panel
+        for k in range(0, n_rows, ROWS_AT_ONCE):
+            rows[at] = _rows_not_0(nonzero, word + k, column % panel, n_rows - k)
+            at += 1
+
+
+@compiled
+def gemm_tn_where(nonzero, A, columns, B, panels, C, shape, accumulate, rows, fresh, claimed):
     """As `gemm_tn`: panels first … last − 1 of C = Aᵀ B, for some columns of A, or of C += Aᵀ B; see `note_nonzero`.
 
     panels : (first, last); C : (array, where the first of these panels' row `first` begins, from panel to panel).
+    rows : (·,) uint64, as many as `rows_words` says, overwritten if `fresh`: unless the last call with it was for the
+    same rows and columns of A.
     """
     (a, a_start, a_stride), (b, b_start, b_stride), (c, c_start, c_stride) = A, B, C
-    (first, last), (depth, n_columns), (first_panel, end) = columns, shape, panels
-    panel, (w, w_start) = panel_width(a), claimed
+    (first, last), (depth, n_columns), (first_panel, end), (w, w_start) = columns, shape, panels, claimed
+    panel, words = panel_width(a), (depth + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+    if fresh:
+        note_rows(nonzero, A, columns, depth, rows)
     for p in range(first_panel, end, PANELS_AT_ONCE):
         count = min(PANELS_AT_ONCE, end - p)
         n = vectors_in_use(a, n_columns - (p + count - 1) * panel)
         few, right, result = FEW_OF_ONE if count == 1 else FEW, b_start + p * b_stride, (p - first_panel) * c_stride
         for column in range(first, last, few):
-            left, to = a_start + column // panel * a_stride, result + (column - first) * panel
+            left, to = a_start + column // panel * a_stride + column % panel, result + (column - first) * panel
             for q in range(count):
                 claim((w, w_start), to + q * c_stride, few, min(few, last - column - few))
             for k in range(0, depth, ROWS_OF_SUM):
-                some, adds, here = min(ROWS_OF_SUM, depth - k), accumulate or k > 0, k * panel
-                word, own = left // panel + k, column % panel
+                word, place = (column - first) // FEW * words + k // ROWS_AT_ONCE, c_start + to
+                A_here, B_here, adds = left + k * panel, right + k * panel, accumulate or k > 0
+                some = min(ROWS_OF_SUM, depth - k)
                 if count == 1:
-                    _block_tn_of_one(
-                        nonzero, word, a, left + here, own, b, right + here, 0, c, c_start + to, 0, some, adds, n
-                    )
+                    _block_tn_of_one(rows, word, words, a, A_here, b, B_here, 0, c, place, 0, some, adds, n)
                 else:
                     _block_tn_of_two(
-                        nonzero,
-                        word,
-                        a,
-                        left + here,
-                        own,
-                        b,
-                        right + here,
-                        b_stride,
-                        c,
-                        c_start + to,
-                        c_stride,
-                        some,
-                        adds,
-                        n,
+                        rows, word, words, a, A_here, b, B_here, b_stride, c, place, c_stride, some, adds, n
                     )

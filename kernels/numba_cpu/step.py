@@ -153,6 +153,7 @@ def memory_of(member, plan, memory, step):
         memory.sums[copy] if plan.copies else gradients[0],
         memory.passes,
         memory.nonzero,
+        memory.rows_where,
         (memory.sorted_entries[0][member], memory.sorted_entries[1][member], memory.sorted_entries[2][member]),
         memory.scratch,
         memory.zeros,
@@ -469,7 +470,7 @@ def own_gradients(thread, plan, layers, parts, memory, row, groups, g, end, shif
                 start_row * panel_width(memory.passes),
                 start_row > 0,
                 start_row + chunk >= n_rows,
-                groups[g, 2] != 0,
+                groups[g, 2] != 0 or n_rows > chunk,
             )
 
 
