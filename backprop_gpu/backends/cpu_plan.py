@@ -132,8 +132,8 @@ MOST_NONZERO = 0.7
 """Of what the products of the first layer are by, the part that is not 0 up to which those by 0 are left out.
 
 Two cores of a Zen 4, with random zeros: of the time of all products, a step takes so much where 0.5, 0.6, 0.7, 0.8 and
-all of these parts are not 0: network M 0.76, 0.84, 0.91, 0.95 and 1.07; 784-100-10 with 200 rows 0.95, 1.00, 1.03, 1.06 and
-1.15; in float64 0.82, 0.90, 0.98, 1.06 and 1.17; 64-100-10 with 200 rows in float64 0.83, 0.84, 0.91, 0.95 and 1.02.
+all of these parts are not 0: network M 0.76, 0.84, 0.91, 0.95 and 1.07; 784-100-10 with 200 rows 0.95, 1.00, 1.03, 1.06
+and 1.15, in float64 0.82, 0.90, 0.98, 1.06 and 1.17; 64-100-10 with 200 rows, float64, 0.83, 0.84, 0.91, 0.95 and 1.02.
 """
 
 ROWS_LOOKED_AT = 32
