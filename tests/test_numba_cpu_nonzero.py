@@ -170,6 +170,25 @@ def test_every_element_that_is_not_0_is_noted(dtype):
 SIZES = [67, 101, 5]
 
 
+def runs(plans, sizes, dtype, batch_size, monkeypatch):
+    """What four steps leave by each of the plans, and what the gradient is then."""
+    X, y, order = sparse(331, sizes[0], 0.1, dtype), np.arange(331) % sizes[-1], np.arange(4 * batch_size) % 331
+    for plan in plans:
+        monkeypatch.setattr(cpu_plan, "for_training", lambda *_, plan=plan: plan)
+        net = bp.MLP(sizes, backend="cpu", dtype=dtype, seed=3, dropout=0.2)
+        trainer, _ = trainer_of(net, X, y, batch_size, bp.AdamW(clip_norm=0.5))
+        loss = trainer.run(order, np.full(4, 1e-2), np.full(4, 1e-2), 0, lambda _: True)
+        gradients = np.empty_like(net.parameters)
+        yield loss, trainer.gradient(gradients, 0.0), net.parameters, gradients
+
+
+def assert_same_bits(found):
+    first, *others = found
+    assert np.abs(first[2]).max() > 0
+    for other in others:
+        assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_split
 @pytest.mark.parametrize(("n_threads", "tile_rows"), [(1, 8), (2, 64), (3, 24)])
@@ -177,18 +196,15 @@ SIZES = [67, 101, 5]
 def test_training_and_the_gradient_have_the_same_bits(dtype, split, n_threads, tile_rows, sizes, monkeypatch):
     dense = cpu_plan.Plan(n_threads, round_up(tile_rows, BLOCK_ROWS), **split)
     plans = [dense, *(replace(dense, z_where=z, dW_where=dW) for z, dW in ((1, 1), (1, 0), (0, 1)))]
-    X, y = sparse(331, sizes[0], 0.1, dtype), np.arange(331) % sizes[-1]
-    found = []
-    for plan in plans:
-        monkeypatch.setattr(cpu_plan, "for_training", lambda *_, plan=plan: plan)
-        net = bp.MLP(sizes, backend="cpu", dtype=dtype, seed=3, dropout=0.2)
-        trainer, _ = trainer_of(net, X, y, 83, bp.AdamW(clip_norm=0.5))
-        loss = trainer.run(np.arange(331), np.full(4, 1e-2), np.full(4, 1e-2), 0, lambda _: True)
-        gradients = np.empty_like(net.parameters)
-        found.append((loss, trainer.gradient(gradients, 0.0), net.parameters, gradients))
-    assert np.abs(found[0][2]).max() > 0
-    for other in found[1:]:
-        assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert_same_bits(runs(plans, sizes, dtype, 83, monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_more_rows_than_are_summed_at_once(dtype, monkeypatch):
+    """Of more panels than are made at once, for which the rows to multiply are those of the last chunk looked at."""
+    dense = cpu_plan.Plan(2, 64, split_rows=False)
+    sizes = [67, nonzero.PANELS_AT_ONCE * width(dtype) + 1, 5]
+    assert_same_bits(runs([dense, replace(dense, dW_where=True)], sizes, dtype, 331, monkeypatch))
 
 
 def plan_of(X, sizes=(784, 256, 10), batch_size=128):
