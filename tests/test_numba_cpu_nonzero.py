@@ -202,7 +202,7 @@ def test_training_and_the_gradient_have_the_same_bits(dtype, split, n_threads, t
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_of_more_rows_than_are_summed_at_once(dtype, monkeypatch):
     """Of more panels than are made at once, for which the rows to multiply are those of the last chunk looked at."""
-    dense = cpu_plan.Plan(2, 64, split_rows=False)
+    dense = cpu_plan.Plan(1, 64, split_rows=False)  # of several threads, each has other rows of every panel here
     sizes = [67, nonzero.PANELS_AT_ONCE * width(dtype) + 1, 5]
     assert_same_bits(runs([dense, replace(dense, dW_where=True)], sizes, dtype, 331, monkeypatch))
 
