@@ -201,7 +201,8 @@ def test_training_and_the_gradient_have_the_same_bits(dtype, split, n_threads, t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_of_more_rows_than_are_summed_at_once(dtype, monkeypatch):
-    """Of more panels than are made at once, for which the rows to multiply are those of the last chunk looked at."""
+    """Of more panels than are made at once: what was found for one chunk of rows is no use for the next."""
+    assert cpu_plan.chunk_rows(dtype) < 331
     dense = cpu_plan.Plan(1, 64, split_rows=False)  # of several threads, each has other rows of every panel here
     sizes = [67, nonzero.PANELS_AT_ONCE * width(dtype) + 1, 5]
     assert_same_bits(runs([dense, replace(dense, dW_where=True)], sizes, dtype, 331, monkeypatch))

@@ -142,7 +142,11 @@ class Block:
     def _step(self, a: Any, row_step: int, k_step: int, b: Any, k: Any, b_stride: Any = 0) -> None:
         vectors, builder = self.vectors, self.builder
         a = vectors.pointer(a, builder.mul(k, SIZE(k_step)))
-        b = vectors.pointer(b, builder.mul(k, SIZE(vectors.panel)))
+        self.add_product(a, row_step, vectors.pointer(b, builder.mul(k, SIZE(vectors.panel))), b_stride)
+
+    def add_product(self, a: Any, row_step: int, b: Any, b_stride: Any = 0) -> None:
+        """C[i, :] += a[i · row_step] · b, one row in panels b_stride apart."""
+        vectors, builder = self.vectors, self.builder
         b_row = [vectors.load(pointer) for pointer in self.row(b, 0, b_stride)]
         for i, sums in enumerate(self.sums):
             element = vectors.splat(vectors.pointer(a, i * row_step))

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backprop_gpu.kernels.numba_cpu.block import SIZE, Vectors
+from backprop_gpu.kernels.numba_cpu.block import SIZE, Block, Vectors
 from backprop_gpu.kernels.numba_cpu.compile import compiled
 from backprop_gpu.kernels.numba_cpu.gemm import ROWS_OF_SUM, claim, copy_vectors
 from backprop_gpu.kernels.numba_cpu.panels import BLOCK_ROWS, VECTORS, first_entry, panel_width
@@ -45,22 +45,17 @@ def _add_entries(
         b, c = vectors.pointer(b, b_start), vectors.pointer(c, c_start)
 
         def generate_panels(count: int) -> None:
-            places = [to for p in range(count) for to in vectors.row(vectors.pointer(c, of_panel(c_stride, p)), 0)]
+            block = Block(vectors, 1, count)
+            places = block.row(c, 0, c_stride)
             before = [vectors.load(to) for to in places]
-            sums = [cgutils.alloca_once_value(builder, builder.select(apart, vectors.zero, x)) for x in before]
+            block.start_from([builder.select(apart, vectors.zero, x) for x in before])
             with cgutils.for_range_slice(builder, low, high, SIZE(1)) as (entry, _):
-                value = vectors.splat(vectors.pointer(values, entry))
                 index = builder.zext(builder.load(vectors.pointer(indices, entry)), SIZE)
                 row = vectors.pointer(b, builder.mul(index, b_row))
-                of_b = [x for p in range(count) for x in vectors.row(vectors.pointer(row, of_panel(b_stride, p)), 0)]
-                for total, x in zip(sums, of_b, strict=True):
-                    builder.store(vectors.multiply_add(value, vectors.load(x), builder.load(total)), total)
-            for to, x, total in zip(places, before, sums, strict=True):
+                block.add_product(vectors.pointer(values, entry), 0, row, b_stride)
+            for to, x, total in zip(places, before, block.sums[0], strict=True):
                 made = builder.load(total)
                 vectors.store(builder.select(apart, builder.fadd(x, made), made), to)
-
-        def of_panel(stride: Any, p: int) -> Any:
-            return builder.mul(stride, SIZE(p))
 
         for count in range(1, MOST_PANELS + 1):
             with builder.if_then(builder.icmp_unsigned("==", panels, ir.Constant(SIZE, count))):
